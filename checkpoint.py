@@ -1,0 +1,636 @@
+"""Everything on disk: model folders in the Hugging Face layout, and the training state beside them.
+
+A model folder is what other tools read: config.json, model.safetensors (or shards and an index), the
+tokenizer's files. There is no export step. Names are mapped by one table per family, tensors never: nothing
+is split, fused, permuted or transposed, so one table serves loading, saving, adapters and sharding.
+
+    model = load_model("out/run")                     # a model folder, or a run's latest complete step
+    save_model(model, "out/copy", tokenizer, dtype=torch.bfloat16)
+
+The training state is one file per rank and a manifest:
+
+    step_0002000/                a model folder
+        state/rank-00000.safetensors   this rank's rows of every parameter and optimizer moment, its RNG
+        state/manifest.json            step, data position, shapes, world size, SHA-256 of every file
+
+It is written as step_N.tmp by all ranks and renamed by rank 0 after every digest is known, so a step that can
+be seen is whole. Rank r of W owns rows [r·k, (r+1)·k) of each tensor, k = ⌈rows / W⌉ (as torch.chunk and
+FSDP2 cut dimension 0), whatever the kind of parallelism: another number of ranks reads the same files.
+
+No pickle anywhere: weights only from safetensors, the rest from JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+import common
+from model import FAMILIES, Model, ModelConfig, build
+from tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+# --- 1. names -----------------------------------------------------------------------------------------------
+
+# (ours, theirs), matched as whole dotted parts of a parameter's name; what is not listed has the same name
+RENAMES = {
+    "llama": [],
+    "phi": [
+        ("self_attn.o_proj", "self_attn.dense"),
+        ("mlp.up_proj", "mlp.fc1"),
+        ("mlp.down_proj", "mlp.fc2"),
+        ("norm", "final_layernorm"),
+    ],
+    "bloom": [
+        ("embed_tokens", "word_embeddings"),
+        ("embed_norm", "word_embeddings_layernorm"),
+        ("layers", "h"),
+        ("self_attn.query_key_value", "self_attention.query_key_value"),
+        ("self_attn.o_proj", "self_attention.dense"),
+        ("mlp.up_proj", "mlp.dense_h_to_4h"),
+        ("mlp.down_proj", "mlp.dense_4h_to_h"),
+        ("norm", "ln_f"),
+    ],
+}
+BODY = {"llama": "model.", "phi": "model.", "bloom": "transformer."}  # before every name but the head's
+HEADS = ("lm_head.", "score.")
+
+
+def hf_name(name: str, family: str) -> str:
+    """Translate a parameter's name: ("layers.0.mlp.up_proj.bias", "phi") -> "model.layers.0.mlp.fc1.bias"."""
+    dotted = f".{name}."
+    for ours, theirs in RENAMES[family]:
+        dotted = dotted.replace(f".{ours}.", f".{theirs}.")
+    name = dotted[1:-1]
+    return name if name.startswith(HEADS) else BODY[family] + name
+
+
+def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Collect a model's parameters under their plain names, without the prefixes of DDP and compile."""
+    return {n.removeprefix("module.").replace("_orig_mod.", ""): p for n, p in model.named_parameters()}
+
+
+# --- 2. config.json -----------------------------------------------------------------------------------------
+
+# our field -> (their key, transformers' default; ... means the key must be there)
+FIELDS = {
+    "llama": {
+        "vocab_size": ("vocab_size", ...),
+        "hidden_size": ("hidden_size", ...),
+        "num_hidden_layers": ("num_hidden_layers", ...),
+        "num_attention_heads": ("num_attention_heads", ...),
+        "num_key_value_heads": ("num_key_value_heads", 0),
+        "intermediate_size": ("intermediate_size", ...),
+        "max_position_embeddings": ("max_position_embeddings", 2048),
+        "head_dim": ("head_dim", 0),
+        "norm_eps": ("rms_norm_eps", 1e-6),
+        "tie_word_embeddings": ("tie_word_embeddings", False),
+    },
+    "phi": {
+        "vocab_size": ("vocab_size", ...),
+        "hidden_size": ("hidden_size", ...),
+        "num_hidden_layers": ("num_hidden_layers", ...),
+        "num_attention_heads": ("num_attention_heads", ...),
+        "num_key_value_heads": ("num_key_value_heads", 0),
+        "intermediate_size": ("intermediate_size", ...),
+        "max_position_embeddings": ("max_position_embeddings", 2048),
+        "norm_eps": ("layer_norm_eps", 1e-5),
+        "tie_word_embeddings": ("tie_word_embeddings", False),
+    },
+    "bloom": {
+        "vocab_size": ("vocab_size", ...),
+        "hidden_size": (("hidden_size", "n_embed"), ...),
+        "num_hidden_layers": (("n_layer", "num_hidden_layers"), ...),
+        "num_attention_heads": (("n_head", "num_attention_heads"), ...),
+        "max_position_embeddings": ("seq_length", 2048),
+        "norm_eps": ("layer_norm_epsilon", 1e-5),
+        "tie_word_embeddings": ("tie_word_embeddings", True),
+    },
+}
+# keys that change the function: only these values are what our decoder computes
+FIXED = {
+    "hidden_act": {"llama": ("silu",), "phi": ("gelu_new", "gelu_pytorch_tanh")},
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "qk_layernorm": (False, None),
+    "apply_residual_connection_post_layernorm": (False, None),
+    "rope_scaling": (None,),
+    "is_decoder": (True, False, None),  # every model here is one
+    "add_cross_attention": (False, None),
+    "sliding_window": (None,),
+}
+HARMLESS = {
+    *("_name_or_path", "architectures", "attention_dropout", "attention_softmax_in_fp32", "auto_map"),
+    *("bad_words_ids", "bias_dropout_fusion", "chunk_size_feed_forward", "dtype", "embd_pdrop"),
+    *("finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_encoder_decoder", "label2id"),
+    *("masked_softmax_fusion", "max_tokenizer_truncation", "model_type", "n_inner", "num_labels"),
+    *("offset_alibi", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type"),
+    *("resid_pdrop", "return_dict", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact"),
+    *("tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache"),
+}
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROPE = ("rope_parameters", "rope_theta", "partial_rotary_factor")
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Read config.json into a ModelConfig.
+
+    ValueError: no such file, another kind of model, a key that changes the function and is not understood.
+    """
+    path = Path(folder) / "config.json"
+    raw = _read_object(path)
+    family = {"xverse": "llama"}.get(raw.get("model_type"), raw.get("model_type"))
+    if family not in FAMILIES:
+        raise ValueError(f"{path}: model_type is {family!r}; known: {', '.join(FAMILIES)}, xverse")
+    if "quantization_config" in raw:
+        raise ValueError(f"{path}: quantised weights of a foreign kind; take the bf16 ones")
+    values, known = {}, {*HARMLESS, *FIXED, *TOKENS, *ROPE}
+    for field, (keys, default) in FIELDS[family].items():
+        keys = (keys,) if isinstance(keys, str) else keys
+        known.update(keys)
+        found = [raw[k] for k in keys if raw.get(k) is not None]
+        if not found and default is ...:
+            raise ValueError(f'{path}: no "{keys[0]}"')
+        values[field] = found[0] if found else default
+    for key, allowed in FIXED.items():
+        allowed = allowed.get(family, (raw.get(key),)) if isinstance(allowed, dict) else allowed
+        if key in raw and raw[key] not in allowed:
+            raise ValueError(f"{path}: {key} = {raw[key]!r} is not supported (understood: {allowed[0]!r})")
+    unknown = sorted(k for k in raw if k not in known)
+    if unknown:
+        raise ValueError(
+            f"{path}: {', '.join(f'{k} = {raw[k]!r}' for k in unknown)}: not understood, and it may change "
+            "what the model computes; remove the key if you know that it does not"
+        )
+    if family == "bloom":
+        values["intermediate_size"] = 4 * values["hidden_size"]
+    else:
+        values.update(_read_rope(raw, family, path))
+    values["head"] = _read_head(raw, path)
+    if values["head"] == "score":
+        values["tie_word_embeddings"] = values["tie_word_embeddings"] and family == "bloom"
+    for key in TOKENS:
+        value = raw.get(key)
+        values[key] = value[0] if isinstance(value, list) else value
+    return ModelConfig(family, **values)
+
+
+def _read_object(path: Path) -> dict:
+    value = common.read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
+
+
+def _read_rope(raw: dict, family: str, path: Path) -> dict:
+    rope = raw.get("rope_parameters") or {}  # transformers 5; older files have the keys at the top
+    kind = rope.get("rope_type", "default")
+    if kind != "default":
+        raise ValueError(f"{path}: rope_type {kind!r} is not supported (understood: 'default')")
+    odd = set(rope) - {"rope_type", "rope_theta", "partial_rotary_factor"}
+    if odd:
+        raise ValueError(f"{path}: rope_parameters holds {', '.join(sorted(odd))}, which is not understood")
+    part = {"llama": 1.0, "phi": 0.5}[family]  # PhiConfig's default; phi-2 itself says 0.4
+    return {
+        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
+        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", part)),
+    }
+
+
+def _read_head(raw: dict, path: Path) -> str:
+    name = (raw.get("architectures") or ["ForCausalLM"])[0]
+    if name.endswith("ForSequenceClassification"):
+        labels = len(raw["id2label"]) if "id2label" in raw else raw.get("num_labels", 2)
+        if labels != 1:
+            raise ValueError(f"{path}: {labels} labels; only num_labels 1 (a reward model) is read")
+        return "score"
+    return "lm" if name.endswith("ForCausalLM") else "none"
+
+
+def config_dict(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """Say a ModelConfig in the words of transformers' config.json, for version 5 and for older ones."""
+    family = config.family
+    kind = {"lm": "ForCausalLM", "score": "ForSequenceClassification", "none": "Model"}[config.head]
+    name = next(n for n, t in DTYPES.items() if t == dtype)
+    out = {"architectures": [family.capitalize() + kind], "model_type": family}
+    out.update(dtype=name, torch_dtype=name)  # the key of transformers 5, and of older ones
+    for field, (keys, _) in FIELDS[family].items():
+        out[keys if isinstance(keys, str) else keys[0]] = getattr(config, field)
+    if family == "llama":
+        out.update(hidden_act="silu", attention_bias=False, mlp_bias=False)
+    if family == "phi":
+        out.update(hidden_act="gelu_new", qk_layernorm=False, embd_pdrop=0.0, resid_pdrop=0.0)
+        out["partial_rotary_factor"] = config.partial_rotary_factor
+    if family == "bloom":
+        out.update(apply_residual_connection_post_layernorm=False, attention_dropout=0.0, hidden_dropout=0.0)
+    else:
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        if family == "phi":
+            rope["partial_rotary_factor"] = config.partial_rotary_factor
+        out.update(rope_theta=config.rope_theta, rope_parameters=rope)
+    if config.head == "score":
+        out.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    return out | {key: getattr(config, key) for key in TOKENS}
+
+
+# --- 3. reading a model folder ------------------------------------------------------------------------------
+
+
+def model_folder(folder: str | Path) -> Path:
+    """Resolve what a user means by FOLDER: a model folder itself, or the latest complete step of a run."""
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    if (folder / "latest").exists():
+        return folder / (folder / "latest").read_text().strip()
+    if not folder.exists():
+        raise ValueError(f"{folder}: no such folder")
+    raise ValueError(f"{folder}: neither a model folder (config.json) nor a run with a saved step (latest)")
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Map every tensor of a model folder to the file that holds it; ValueError if there are no weights."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        weight_map = _read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise ValueError(f"{index}: no valid weight_map")
+        shards = sorted(set(weight_map.values()))
+        if any("/" in f or "\\" in f for f in shards):
+            raise ValueError(f"{index}: names files outside of this folder")
+        missing = [f for f in shards if not (folder / f).is_file()]
+        if missing:
+            raise ValueError(f"{folder}: the index names files that are not here: {', '.join(missing)}")
+        for shard in shards:
+            with _open(folder / shard) as file:
+                absent = sorted({n for n, f in weight_map.items() if f == shard} - set(file.keys()))
+            if absent:
+                raise ValueError(f"{folder / shard}: lacks {len(absent)} tensors of the index: {absent[0]} …")
+        return {name: folder / file for name, file in weight_map.items()}
+    single = folder / "model.safetensors"
+    if single.exists():
+        with _open(single) as file:
+            return dict.fromkeys(file.keys(), single)
+    hint = ""
+    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+        hint = "; pickled weights (.bin, .pt) are never opened: convert them to safetensors"
+    raise ValueError(f"{folder}: no model.safetensors and no index{hint}")
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
+
+
+def _match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list, list]:
+    """Match a folder's tensor names with the model's: {theirs: ours}, what is missing, what is unexpected."""
+    config = model.config
+    if any("Wqkv" in n or ".mixer." in n for n in names):
+        raise ValueError(
+            f"{folder}: the old fused Phi names (Wqkv, mixer); take the current checkpoint, where q_proj, "
+            "k_proj and v_proj are separate (transformers 4.37 and later)"
+        )
+    body = BODY[config.family]
+    if not any(n.startswith(body) for n in names):  # saved from the bare body, as bigscience/bloom is
+        names = {n if n.startswith(HEADS) else body + n: n for n in names}
+    else:
+        names = {n: n for n in names}
+    wanted = {hf_name(ours, config.family): ours for ours in parameters(model)}
+    ignored = {n for n in names if n.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))}
+    if config.head == "none" or (config.head == "lm" and config.tie_word_embeddings):
+        ignored |= {n for n in names if n.startswith(HEADS)}
+    missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted) - ignored)
+    return {names[n]: ours for n, ours in wanted.items() if n in names}, missing, extra
+
+
+def _report(folder, **kinds: list[str]) -> str:
+    lines = [f"{folder}: the tensors do not fit config.json"]
+    for kind, names in kinds.items():
+        if names:
+            more = f" … and {len(names) - 20} more" if len(names) > 20 else ""
+            lines.append(f"  {len(names)} {kind}: {', '.join(names[:20])}{more}")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def load_into(model: nn.Module, folder: str | Path) -> None:
+    """Copy a model folder's weights into an allocated model, casting to its dtype, one tensor at a time.
+
+    ValueError lists every missing, unexpected or wrongly shaped tensor before anything is copied.
+    """
+    folder = model_folder(folder)
+    files = tensor_files(folder)
+    ours, missing, extra = _match(set(files), getattr(model, "module", model), folder)
+    target = parameters(model)
+    wrong = []
+    for theirs, name in ours.items():
+        with _open(files[theirs]) as file:
+            shape = list(file.get_slice(theirs).get_shape())
+        if shape != list(target[name].shape):
+            wrong.append(f"{theirs} {shape} instead of {list(target[name].shape)}")
+    if missing or extra or wrong:
+        raise ValueError(_report(folder, missing=missing, unexpected=extra, **{"of another shape": wrong}))
+    for theirs, name in ours.items():
+        with _open(files[theirs]) as file:
+            target[name].copy_(file.get_tensor(theirs))
+    _check_tied(files, target, getattr(model, "module", model).config, folder)
+
+
+def _check_tied(files, target, config, folder):
+    """A tied folder may repeat the head; ignoring one that differs would change the model."""
+    if config.head == "lm" and config.tie_word_embeddings and "lm_head.weight" in files:
+        with _open(files["lm_head.weight"]) as file:
+            head = file.get_tensor("lm_head.weight").to(target["embed_tokens.weight"])
+        if not torch.equal(head, target["embed_tokens.weight"]):
+            raise ValueError(f"{folder}: tied, but lm_head.weight differs from the embedding")
+
+
+def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
+    """Load a model folder, or a run's latest step, for inference; dtype None keeps the folder's own."""
+    folder = model_folder(folder)
+    config = read_config(folder)
+    model = build(config, "meta").to(dtype or folder_dtype(folder))
+    materialize(model, device)
+    load_into(model, folder)
+    return model.eval()
+
+
+def folder_dtype(folder: Path) -> torch.dtype:
+    """The dtype that config.json states, else that of the first tensor."""
+    raw = common.read_json(folder / "config.json")
+    name = raw.get("dtype") or raw.get("torch_dtype")
+    if name in DTYPES:
+        return DTYPES[name]
+    tensor, path = next(iter(tensor_files(folder).items()))
+    with _open(path) as file:
+        return file.get_slice(tensor)[:1].dtype
+
+
+def materialize(model: Model, device: str) -> None:
+    """Give a model built on the meta device real, undefined memory; a tied head is tied again."""
+    model.to_empty(device=device)
+    model.tie()
+
+
+# --- 4. writing a model folder ------------------------------------------------------------------------------
+
+
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Write a model folder that transformers loads too; atomic, ValueError if FOLDER holds something already.
+
+    dtype None keeps the parameters' dtype. Tensors beyond `shard_bytes` go to further files with an index.
+    """
+    with common.atomic_folder(folder) as tmp:
+        write_model(model, tmp, tokenizer, dtype, shard_bytes)
+
+
+def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_000_000_000) -> None:
+    """Write the files of a model folder into an existing folder (not atomic: see save_model)."""
+    model = getattr(model, "module", model)
+    family = model.config.family
+    tensors = {hf_name(n, family): p.detach() for n, p in parameters(model).items()}
+    shards: list[dict] = [{}]
+    size = 0
+    for name, p in tensors.items():
+        nbytes = p.numel() * (dtype or p.dtype).itemsize
+        if shards[-1] and size + nbytes > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = p
+        size += nbytes
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        data = {n: p.to("cpu", dtype or p.dtype).contiguous() for n, p in shard.items()}
+        save_file(data, folder / file, metadata={"format": "pt"})  # transformers asks for this word
+        weight_map |= dict.fromkeys(shard, file)
+    kinds = [dtype or p.dtype for p in tensors.values()]
+    if len(shards) > 1:
+        total = sum(p.numel() * k.itemsize for p, k in zip(tensors.values(), kinds, strict=True))
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        common.write_json(folder / "model.safetensors.index.json", index)
+    common.write_json(folder / "config.json", config_dict(model.config, kinds[0]))
+    if model.config.head == "lm":
+        ids = {key: getattr(model.config, key) for key in TOKENS if getattr(model.config, key) is not None}
+        common.write_json(folder / "generation_config.json", ids)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
+# --- 5. training state --------------------------------------------------------------------------------------
+
+
+def rows(n: int, rank: int, world: int) -> tuple[int, int]:
+    """Rows [a, b) of n that `rank` of `world` owns: rows(5, 1, 2) -> (3, 5).  As torch.chunk cuts."""
+    k = -(-n // world)
+    return min(rank * k, n), min((rank + 1) * k, n)
+
+
+def _state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor that training changes: parameters and what the optimizer keeps of them."""
+    out = {}
+    for name, p in parameters(model).items():
+        out[f"parameter/{name}"] = p.detach()
+        for key, value in optimizer.state.get(p, {}).items():
+            out[f"{key}/{name}"] = value
+    return out
+
+
+def _sha256(path: Path) -> dict:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def save_step(
+    run: Path, step: int, model, optimizer, extra: dict, process, tokenizer=None, dtype=None
+) -> Path:
+    """Write step_N (a model folder and the training state) so that it appears whole or not at all.
+
+    `extra` is JSON that load_step returns unchanged. Every rank calls this. ValueError on all ranks if one of
+    them could not write (a full disk): the earlier steps are untouched.
+    """
+    folder = run / f"step_{step:07d}"
+    tmp = folder.with_name(folder.name + ".tmp")
+    shapes, digests = {}, {}
+
+    def prepare():
+        if process.first:
+            shutil.rmtree(tmp, ignore_errors=True)
+            (tmp / "state").mkdir(parents=True)
+
+    def write():
+        file = tmp / "state" / f"rank-{process.rank:05d}.safetensors"
+        mine = {}
+        for name, tensor in _state_tensors(model, optimizer).items():
+            shapes[name] = list(tensor.shape)
+            a, b = rows(len(tensor), process.rank, process.world) if tensor.dim() else (0, 0)
+            mine[name] = (tensor[a:b] if tensor.dim() else tensor).cpu().contiguous()
+        mine["rng/cpu"] = torch.get_rng_state()
+        if process.device.startswith("cuda"):
+            mine["rng/cuda"] = torch.cuda.get_rng_state()
+        save_file(mine, file)
+        written = {str(file.relative_to(tmp)): _sha256(file)}
+        if process.first:
+            write_model(model, tmp, tokenizer, dtype)
+            written |= {p.name: _sha256(p) for p in sorted(tmp.iterdir()) if p.is_file()}
+        return written
+
+    def finish():
+        if process.first:
+            manifest = {"step": step, "world": process.world, "shapes": shapes, "extra": extra}
+            manifest = json.loads(json.dumps(manifest | {"files": digests}))  # as it will be read
+            manifest["digest"] = fingerprint(manifest)
+            common.write_json(tmp / "state" / "manifest.json", manifest)
+            common.publish(tmp, folder)
+            common.atomic_text(run / "latest", folder.name + "\n")
+
+    for work in (prepare, write, finish):  # all ranks have done one before any begins the next
+        try:
+            outcome = (work(), None)
+        except (OSError, SafetensorError) as error:
+            outcome = (None, f"rank {process.rank}: {error}")
+        outcomes = _gather(process, outcome)
+        failures = [e for _, e in outcomes if e]
+        if failures:
+            if process.first:
+                shutil.rmtree(tmp, ignore_errors=True)
+            raise ValueError(
+                f"{folder} could not be written; the earlier steps are intact\n  " + "\n  ".join(failures)
+            )
+        for written, _ in outcomes:
+            digests |= written or {}
+    return folder
+
+
+def _gather(process, value) -> list:
+    if process.world == 1:
+        return [value]
+    values = [None] * process.world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def saved_steps(run: Path) -> list[Path]:
+    """The run's step folders, oldest first."""
+    steps = (p for p in run.glob("step_*") if p.is_dir() and p.name[5:].isdecimal())
+    return sorted(steps, key=lambda p: int(p.name[5:]))
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is wrong with a saved step, by its manifest's sizes and digests; None if it is whole."""
+    path = folder / "state" / "manifest.json"
+    try:
+        manifest = _read_object(path)
+    except ValueError as error:
+        return str(error)
+    if manifest.pop("digest", None) != fingerprint(manifest):
+        return f"{path}: damaged (its digest is not the one written)"
+    for name, expected in manifest["files"].items():
+        if not (folder / name).exists():
+            return f"{folder / name}: missing"
+        if (folder / name).stat().st_size != expected["bytes"]:
+            return f"{folder / name}: {(folder / name).stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(folder / name) != expected:
+            return f"{folder / name}: damaged (its SHA-256 is not the one written)"
+    return None
+
+
+def newest_step(run: Path, process) -> Path:
+    """Find the newest whole step, the same on every rank; damaged ones are named on stderr and passed over.
+
+    ValueError if the run holds none.
+    """
+    answer = None
+    if process.first:
+        damaged = []
+        for folder in reversed(saved_steps(run)):
+            what = damage(folder)
+            if what is None:
+                answer = (str(folder), None)
+                break
+            damaged.append(what)
+            print(f"passing over a damaged step: {what}", file=sys.stderr)
+        if answer is None:
+            answer = (None, f"{run}: no saved step to resume from" + "".join(f"\n  {d}" for d in damaged))
+    answer = _gather(process, answer)[0]
+    if answer[1]:
+        raise ValueError(answer[1])
+    return Path(answer[0])
+
+
+def read_manifest(folder: Path) -> dict:
+    """Read the manifest of a saved step."""
+    return common.read_json(folder / "state" / "manifest.json")
+
+
+@torch.no_grad()
+def load_step(folder: Path, model, optimizer, process) -> dict:
+    """Restore parameters, optimizer state and RNG from a saved step; return its `extra`.
+
+    The number of ranks may have changed: each tensor is put together from the rows of all rank files. The
+    RNG is restored only if it has not.
+    """
+    manifest = read_manifest(folder)
+    world = manifest["world"]
+    files = [_open(folder / "state" / f"rank-{r:05d}.safetensors") for r in range(world)]
+
+    def read(name: str) -> torch.Tensor:
+        if not manifest["shapes"][name]:
+            return files[0].get_tensor(name)
+        return torch.cat([file.get_tensor(name) for file in files])
+
+    target = parameters(model)
+    saved = {
+        n.removeprefix("parameter/"): s for n, s in manifest["shapes"].items() if n.startswith("parameter/")
+    }
+    shapes = {n: list(p.shape) for n, p in target.items()}
+    wrong = sorted(n for n in saved | shapes if saved.get(n) != shapes.get(n))
+    if wrong:
+        raise ValueError(f"{folder}: the saved state is of another model: {', '.join(wrong[:20])}")
+    for key in manifest["shapes"]:
+        kind, name = key.split("/", 1)
+        if kind == "parameter":
+            target[name].copy_(read(key))
+        else:
+            optimizer.state[target[name]][kind] = read(key).to(process.device)
+    if world == process.world:
+        torch.set_rng_state(files[process.rank].get_tensor("rng/cpu"))
+        if process.device.startswith("cuda") and "rng/cuda" in files[process.rank].keys():  # noqa: SIM118
+            torch.cuda.set_rng_state(files[process.rank].get_tensor("rng/cuda"))
+    elif process.first:
+        print(f"saved by {world} processes, resumed by {process.world}: dropout draws other numbers now")
+    return manifest["extra"]
+
+
+def prune(run: Path, keep: int) -> None:
+    """Delete all but the newest `keep` steps, and what a killed save left behind."""
+    for folder in saved_steps(run)[:-keep] if keep else []:
+        shutil.rmtree(folder)
+    for rubbish in run.glob("step_*.tmp"):
+        shutil.rmtree(rubbish, ignore_errors=True)
+
+
+def fingerprint(value) -> str:
+    """SHA-256 of a JSON value, to compare configurations."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

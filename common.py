@@ -1,0 +1,439 @@
+"""What every stage shares: the command line, reading documents, writing safely, logs, the process group.
+
+Nothing here knows about models. torch is imported inside functions only, so that cleaning and packing workers
+start in milliseconds.
+
+Errors. Whatever a user typed or gave us raises ValueError with what is wrong, where (file:line) and the
+remedy; `run` prints it and exits with status 2. Set TRACEBACK=1 to see the Python traceback as well.
+
+Writing. Nobody ever sees half a file: `atomic_folder` and `atomic_text` write to NAME.tmp and rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import typing
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# --- 1. command line ----------------------------------------------------------------------------------------
+
+
+def run(*commands: Callable, doc: str = "") -> None:
+    """Parse the command line for one command, or for several as subcommands, and call the one that was meant.
+
+    A command is a function of one dataclass argument; the dataclass's fields are the flags (`vocab_size`
+    becomes --vocab_size) and the comment on a field is its help. With several commands the function's name
+    is the word the user types. `doc` is the module's docstring. Exit status: 0, 2 for a ValueError, 130 for
+    Ctrl-C.
+    """
+    import tyro
+
+    config_of = {f: next(iter(typing.get_type_hints(f).values())) for f in commands}
+    if len(commands) == 1:
+        union = config_of[commands[0]]
+    else:
+        named = (
+            typing.Annotated[
+                c, tyro.conf.subcommand(f.__name__, description=f.__doc__ or c.__doc__, prefix_name=False)
+            ]
+            for f, c in config_of.items()
+        )
+        union = typing.Union[tuple(named)]
+    config = tyro.cli(union, description=doc, use_underscores=True)
+    command = next(f for f, c in config_of.items() if type(config) is c)
+    try:
+        command(config)
+    except ValueError as error:
+        if os.environ.get("TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(2)  # not sys.exit: another rank may still wait in a collective, and atexit would wait for it
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- 2. documents -------------------------------------------------------------------------------------------
+
+SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".txt.gz")
+
+
+def document_files(paths: typing.Iterable[str | Path]) -> list[Path]:
+    """Files to read, in order: a file as given, a folder's text files sorted and recursively.
+
+    ValueError for a path that does not exist, a folder without text files, an unknown suffix.
+    """
+    files = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.name.endswith(SUFFIXES) and p.is_file())
+            if not inside:
+                raise ValueError(f"{path}: no {', '.join(SUFFIXES)} file in this folder")
+            files += inside
+        elif not path.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        elif not path.name.endswith(SUFFIXES):
+            raise ValueError(f"{path}: unknown kind of file; expected one of {', '.join(SUFFIXES)}")
+        else:
+            files.append(path)
+    if not files:
+        raise ValueError("no input files were given")
+    return files
+
+
+def raw_documents(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, undecoded bytes) per document: cheap, so that workers can do the decoding.
+
+    A .jsonl line is a document. In a .txt file an empty line ends a document (the convention of BERT's
+    pretraining files). Memory is bounded by the longest document. ValueError for a damaged .gz.
+    """
+    start, lines = 1, []
+    for n, line in enumerate(_lines(path), 1):
+        if ".jsonl" in path.name:
+            if line.strip():
+                yield n, line
+        elif line.strip():
+            start = start if lines else n
+            lines.append(line)
+        elif lines:
+            yield start, b"".join(lines)
+            lines = []
+    if lines:
+        yield start, b"".join(lines)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    if not path.name.endswith(".gz"):
+        with open(path, "rb") as file:
+            yield from file
+        return
+    try:
+        with gzip.open(path, "rb") as file:
+            yield from file
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def parse_json_line(raw: bytes, where: str) -> dict:
+    """Decode one line of a .jsonl file into a dict; ValueError says where and why it is not one."""
+    try:
+        row = json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start})"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; brackets nested 1,000 deep
+        raise ValueError(f"{where}: JSON that cannot be read ({error})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def parse_document(raw: bytes, path: Path, line: int) -> str:
+    """Turn the bytes of one document into text: the "text" field of a JSON line, or the lines of a .txt.
+
+    ValueError names file:line: not UTF-8, not JSON, no "text" key, text that is not a string, a lone
+    surrogate.
+    """
+    where = f"{path}:{line}"
+    if ".jsonl" in path.name:
+        row = parse_json_line(raw, where)
+        if "text" not in row:
+            raise ValueError(
+                f'{where}: no "text" key; found {", ".join(map(repr, row)) or "an empty object"}'
+            )
+        text = row["text"]
+        if not isinstance(text, str):
+            raise ValueError(f'{where}: "text" is {type(text).__name__}, expected a string')
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(f'{where}: "text" holds a lone surrogate, which is no Unicode text') from None
+        return text
+    try:
+        return raw.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        before = error.object[: error.start].split(b"\n")  # a document of a .txt has many lines
+        where = f"{path}:{line + len(before) - 1}"
+        raise ValueError(
+            f"{where}: not UTF-8 (byte {error.object[error.start]:#04x} at {len(before[-1])})"
+        ) from None
+
+
+def documents(paths: typing.Iterable[str | Path]) -> Iterator[str]:
+    """Yield the text of every document in the given files and folders, one at a time."""
+    for path in document_files(paths):
+        for line, raw in raw_documents(path):
+            yield parse_document(raw, path, line)
+
+
+# --- 3. writing ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """Give a temporary folder FOLDER.tmp to write into; it becomes FOLDER when the block ends without error.
+
+    ValueError if FOLDER exists and holds something, unless `overwrite`. After a failure nothing of FOLDER
+    has changed.
+    """
+    folder = Path(folder)
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and is not empty; choose another --out or remove it")
+    tmp = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    tmp.mkdir(parents=True)
+    try:
+        yield tmp
+    except BaseException:
+        shutil.rmtree(tmp, ignore_errors=True)
+        raise
+    publish(tmp, folder)
+
+
+def publish(tmp: Path, folder: Path) -> None:
+    """Put a finished folder in its place: contents reach the disk first, then one rename makes it visible."""
+    for path in (p for p in tmp.rglob("*") if p.is_file()):
+        sync(path)
+    sync(tmp)
+    if folder.exists():
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        tmp.rename(folder)
+        shutil.rmtree(old)
+    else:
+        tmp.rename(folder)
+    sync(folder.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder entry to the disk (fsync)."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def atomic_text(path: str | Path, text: str) -> None:
+    """Write a text file so that a reader sees the old content or the new, never a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(path.name + ".tmp")
+    tmp.write_text(text, encoding="utf-8")
+    sync(tmp)
+    tmp.rename(path)
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write readable JSON atomically, Chinese as Chinese."""
+    atomic_text(path, json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+
+
+def read_json(path: str | Path):
+    """Read a JSON file; ValueError names the file if it is missing or malformed."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+# --- 4. what a run tells ------------------------------------------------------------------------------------
+
+
+def progress(total: int | None, desc: str, unit: str, initial: int = 0):
+    """A tqdm bar on stderr; where stderr is no terminal, at most one line in ten seconds."""
+    from tqdm import tqdm
+
+    interval = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(
+        total=total,
+        desc=desc,
+        unit=unit,
+        initial=initial,
+        unit_scale=True,
+        mininterval=interval,
+        maxinterval=interval,
+    )
+
+
+def human(n: float) -> str:
+    """Write a large number shortly: 193651200 -> '193.65M'."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if abs(n) >= size:
+            return f"{n / size:.4g}{letter}"
+    return f"{n:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """Write seconds as h:mm:ss."""
+    s = int(seconds)
+    return f"{s // 3600}:{s // 60 % 60:02d}:{s % 60:02d}"
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """Read a metrics.jsonl. A last line cut by a crash is dropped."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def plot_metrics(path: str | Path, curves: dict[str, str]) -> str | None:
+    """Draw keys of a metrics.jsonl over its steps into PNG beside it (loss.png); returns why not, if not.
+
+    `curves` maps a key of the log's lines to its label.
+    """
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return "no loss.png: matplotlib is not installed (pip install matplotlib)"
+    rows = read_metrics(path)
+    figure, axes = plt.subplots(figsize=(8, 5))
+    for key, label in curves.items():
+        points = [(row["step"], row[key]) for row in rows if key in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, ms=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    target = Path(path).with_name("loss.png")
+    tmp = target.with_name("loss.png.tmp")
+    tmp.write_bytes(buffer.getvalue())
+    tmp.rename(target)
+    return None
+
+
+# --- 5. processes -------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Which process this is: `rank` of `world`, computing on `device`."""
+
+    rank: int
+    world: int
+    device: str
+
+    @property
+    def first(self) -> bool:
+        """True on the one rank that prints and writes what is written once."""
+        return self.rank == 0
+
+
+def start_process(device: str = "auto") -> Process:
+    """Join torchrun's process group if there is one; device "auto" means a GPU if there is one."""
+    import torch
+    import torch.distributed as dist
+
+    rank, world, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    if device == "auto":
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Process(rank, world, device)
+
+
+def finish_process(code: int = 0) -> None:
+    """Leave the process group and exit with `code`; without a group return if the code is 0.
+
+    Under gloo a plain exit may abort after all work is done (pytorch#190489), hence os._exit.
+    """
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        sys.exit(code)
+
+
+def best_dtype(device: str):
+    """Give the torch.dtype to compute in: bf16 on a GPU or a CPU with bf16 units, else fp32."""
+    import torch
+
+    fast = (
+        device.startswith("cuda")
+        or torch.cpu._is_amx_tile_supported()
+        or torch.cpu._is_avx512_bf16_supported()
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
+class StopSignal:
+    """Notices Ctrl-C, SIGTERM, and the death of the launcher, so that the loop can save and stop in order.
+
+    A second Ctrl-C stops at once. `exit_code` is what the shell expects of a process ended so.
+    """
+
+    def __init__(self):
+        self.asked = False
+        self.exit_code = 0
+        self.parent = os.getppid()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame):
+        if self.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked, self.exit_code = True, 128 + number
+
+    def __bool__(self) -> bool:
+        return self.asked or os.getppid() != self.parent
+
+
+def peak_memory(device: str) -> int:
+    """Peak memory in bytes: of the GPU's allocator, or the process's resident set on a CPU."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Stopwatch:
+    """Seconds since the last call, for tokens per second."""
+
+    def __init__(self):
+        self.last = time.perf_counter()
+
+    def __call__(self) -> float:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        return seconds

@@ -1,0 +1,463 @@
+"""From text files to batches: pack once, then train from memory-mapped tokens in one exact, resumable stream.
+
+`pack` turns documents into shards: token ids in uint16 (uint32 for a vocabulary beyond 65,536), one EOS after
+each document, an index of where documents end, the tokenizer itself and a report. A share of the documents,
+chosen by the hash of their text, becomes the validation part: copies of a document fall on the same side.
+
+Training reads rows of T tokens from one global stream, a pure function of (shards, seed):
+
+    every epoch is a fresh permutation of all documents
+    a row starts with the document that waits longest and is filled with the longest waiting ones that still
+    fit no document is cut unless it is longer than a row; no token is lost or repeated within an epoch
+
+Step s takes the global rows [s·N, (s+1)·N), rank r of W materialises rows r, r+W, … of them. All ranks hold
+the same small state (an epoch, a position, a few waiting documents), so a run resumes exactly, on any
+number of ranks.
+
+    python data.py pack out/demo/pretrain --tokenizer out/tok --out out/shards
+    python data.py check corpus.jsonl            # the first bad line, with file:line and why
+    python data.py show out/shards --rows 2      # what a batch looks like
+
+Batches are dicts of (B, T) tensors: ids; targets, already shifted, −100 where nothing is trained (a
+document's last token predicts nothing of the next); doc_ids, which attention needs to keep documents apart.
+
+Zhao et al. 2024, "Analysing the Impact of Sequence Composition on Language Model Pre-Training" (why masks);
+Ding et al. 2024, "Fewer Truncations Improve Language Modeling" (best-fit packing).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import os
+import sys
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+import common
+from tokenizer import Tokenizer, load_tokenizer
+
+IGNORE = -100  # a target that is not trained
+WAITING = 256  # documents that wait for a row: more fill gaps better and mix neighbours less far
+BLOCK = 1 << 20  # bytes of documents that a packing worker takes at a time
+
+# --- 1. packing
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PackConfig:
+    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, .jsonl.gz files, or folders of them
+    tokenizer: str  # folder of the tokenizer
+    out: str  # folder to write
+    val_ratio: float = 0.01  # share of the documents kept for validation
+    shard_tokens: int = 100_000_000  # tokens per shard file
+    workers: int = 0  # processes; 0: one per core
+    overwrite: bool = False  # replace --out if it exists
+
+
+def pack(config: PackConfig) -> None:
+    """Tokenise documents into memory-mapped shards."""
+    files = common.document_files(config.files)
+    if not 0 <= config.val_ratio < 1:
+        raise ValueError(f"--val_ratio {config.val_ratio} must lie in [0, 1)")
+    tokenizer = load_tokenizer(config.tokenizer)
+    if tokenizer.eos_id is None:
+        raise ValueError(
+            f"{config.tokenizer}: this tokenizer has no end-of-text token to put after documents"
+        )
+    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
+    workers = config.workers or os.cpu_count() or 1
+    with common.atomic_folder(config.out, config.overwrite) as out:
+        writers = {part: ShardWriter(out, part, dtype, config.shard_tokens) for part in ("train", "val")}
+        total = sum(f.stat().st_size for f in files if f.suffix != ".gz") or None
+        with common.progress(total, "pack", "B") as bar:
+            for part, ids, sizes in _encode_all(files, config, workers, bar):
+                writers[part].add(ids, sizes)
+        for writer in writers.values():
+            writer.close()
+        tokenizer.save(out)
+        report = {
+            "format": 1,
+            "tokenizer": tokenizer.digest,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "dtype": np.dtype(dtype).name,
+            "sources": [str(f) for f in files],
+            **{part: writer.report() for part, writer in writers.items()},
+        }
+        if not report["train"]["documents"]:
+            raise ValueError(
+                "no document went into the training part; give more text or a smaller --val_ratio"
+            )
+        common.write_json(out / "shards.json", report)
+    for part in ("train", "val"):
+        r = report[part]
+        rate = r["bytes"] / max(1, r["tokens"])
+        print(f"{part}: {r['documents']:,} documents, {r['tokens']:,} tokens, {rate:.2f} bytes per token")
+
+
+def _encode_all(files: list[Path], config: PackConfig, workers: int, bar) -> Iterator[tuple]:
+    """Yield (part, ids, sizes) per block of documents, in the input's order, with few blocks in memory."""
+    blocks = ((f, block) for f in files for block in _blocks(f))
+    if workers == 1:
+        _start_worker(config.tokenizer, config.val_ratio)
+        for block in blocks:
+            yield from _encode_block(block)
+            bar.update(sum(len(raw) for _, raw in block[1]))
+        return
+    # in-flight blocks are bounded: executor.map would read the whole corpus ahead
+    with ProcessPoolExecutor(
+        workers, initializer=_start_worker, initargs=(config.tokenizer, config.val_ratio)
+    ) as pool:
+        pending: deque = deque()
+        for block in blocks:
+            pending.append((pool.submit(_encode_block, block), sum(len(raw) for _, raw in block[1])))
+            if len(pending) > 2 * workers:
+                future, size = pending.popleft()
+                yield from future.result()
+                bar.update(size)
+        for future, size in pending:
+            yield from future.result()
+            bar.update(size)
+
+
+def _blocks(file: Path) -> Iterator[list[tuple[int, bytes]]]:
+    block, size = [], 0
+    for line, raw in common.raw_documents(file):
+        block.append((line, raw))
+        size += len(raw)
+        if size >= BLOCK:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
+
+
+_worker: dict = {}  # what a packing process keeps between blocks
+
+
+def _start_worker(tokenizer: str, val_ratio: float) -> None:
+    _worker.update(tokenizer=load_tokenizer(tokenizer), val_ratio=val_ratio)
+
+
+def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> list[tuple]:
+    """Encode a block's documents; returns (part, ids, [(tokens, bytes) per document]) for each part."""
+    path, lines = block
+    parts: dict = {"train": ([], []), "val": ([], [])}
+    for line, raw in lines:
+        text = common.parse_document(raw, path, line)
+        if not text.strip():
+            continue
+        data = text.encode()
+        draw = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
+        ids, sizes = parts["val" if draw < _worker["val_ratio"] else "train"]
+        document = _worker["tokenizer"].encode_document(text)
+        ids.append(np.asarray(document, np.uint32))
+        sizes.append((len(document), len(data)))
+    return [(part, np.concatenate(ids), sizes) for part, (ids, sizes) in parts.items() if ids]
+
+
+class ShardWriter:
+    """Writes PART-00000.bin (ids) and PART-00000.npy (int64 (documents + 1, 2): token and byte offsets)."""
+
+    def __init__(self, folder: Path, part: str, dtype, shard_tokens: int):
+        self.folder, self.part, self.dtype, self.shard_tokens = folder, part, dtype, shard_tokens
+        self.file = None
+        self.done: list[dict] = []
+
+    def add(self, ids: np.ndarray, sizes: list[tuple[int, int]]) -> None:
+        """Append documents: all their ids in a row, and (tokens, bytes) of each."""
+        if self.file is None:
+            self.path = self.folder / f"{self.part}-{len(self.done):05d}.bin"
+            self.file, self.digest, self.sizes = open(self.path, "wb"), hashlib.sha256(), []  # noqa: SIM115
+            self.tokens = 0
+        data = ids.astype(self.dtype).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        self.sizes.append(np.asarray(sizes, np.int64))
+        self.tokens += len(ids)
+        if self.tokens >= self.shard_tokens:
+            self.close()
+
+    def close(self) -> None:
+        """Finish the shard that is open, if one is."""
+        if self.file is None:
+            return
+        self.file.close()
+        offsets = np.zeros((1 + sum(map(len, self.sizes)), 2), np.int64)
+        np.cumsum(np.concatenate(self.sizes), axis=0, out=offsets[1:])
+        np.save(self.path.with_suffix(".npy"), offsets)
+        tokens, size = (int(n) for n in offsets[-1])
+        entry = {"file": self.path.name, "documents": len(offsets) - 1, "tokens": tokens, "bytes": size}
+        self.done.append(entry | {"sha256": self.digest.hexdigest()})
+        self.file = None
+
+    def report(self) -> dict:
+        """Sum up what was written, with the SHA-256 of every shard's ids."""
+        return {k: sum(e[k] for e in self.done) for k in ("documents", "tokens", "bytes")} | {
+            "shards": self.done
+        }
+
+
+# --- 2. shards
+# -------------------------------------------------------------------------------------------------
+
+
+class Shards:
+    """One part (train or val) of one or more packed folders, as a list of documents in memory-mapped files.
+
+    ValueError: not a packed folder, or folders packed with different tokenizers.
+    """
+
+    def __init__(self, folders: list[str | Path], part: str):
+        self.ids, self.offsets, self.digests = [], [], []
+        self.reports = [common.read_json(Path(f) / "shards.json") for f in folders]
+        if len({r["tokenizer"] for r in self.reports}) > 1:
+            raise ValueError(f"{', '.join(map(str, folders))} were packed with different tokenizers")
+        for folder, report in zip(folders, self.reports, strict=True):
+            for entry in report[part]["shards"]:
+                path = Path(folder) / entry["file"]
+                if (
+                    not path.exists()
+                    or path.stat().st_size != entry["tokens"] * np.dtype(report["dtype"]).itemsize
+                ):
+                    raise ValueError(f"{path}: missing or not of the size that shards.json says; pack again")
+                self.ids.append(np.memmap(path, report["dtype"], "r"))
+                self.offsets.append(_read_index(path.with_suffix(".npy"), entry))
+                self.digests.append(entry["sha256"])
+        self.first = np.cumsum([0] + [len(o) - 1 for o in self.offsets])  # each shard's first document
+        self.tokens = sum(len(i) for i in self.ids)
+        self.bytes = sum(int(o[-1, 1]) for o in self.offsets)
+        self.vocab_size = self.reports[0]["vocab_size"]
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def length(self, document: int) -> int:
+        """Tokens of a document."""
+        shard, i = self._find(document)
+        return int(self.offsets[shard][i + 1, 0] - self.offsets[shard][i, 0])
+
+    def read(self, document: int, start: int, count: int) -> np.ndarray:
+        """Copy `count` tokens of a document from its token `start` on; fewer at its end."""
+        shard, i = self._find(document)
+        a, b = (int(n) for n in self.offsets[shard][i : i + 2, 0])
+        return np.asarray(self.ids[shard][a + start : min(a + start + count, b)], np.int64)
+
+    def _find(self, document: int) -> tuple[int, int]:
+        shard = bisect.bisect_right(self.first, document) - 1
+        return shard, document - int(self.first[shard])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all ids and of the tokenizer: what a resumed run must find unchanged."""
+        return hashlib.sha256("\n".join([self.reports[0]["tokenizer"], *self.digests]).encode()).hexdigest()
+
+
+def _read_index(path: Path, entry: dict) -> np.ndarray:
+    try:
+        offsets = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: missing or damaged ({error}); pack again") from None
+    shape, end = (entry["documents"] + 1, 2), [entry["tokens"], entry["bytes"]]
+    if offsets.shape != shape or offsets[-1].tolist() != end:
+        raise ValueError(f"{path}: not the index that shards.json describes; pack again")
+    return offsets
+
+
+# --- 3. the stream of rows
+# -------------------------------------------------------------------------------------
+
+
+def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
+    """Give the element at `position` of a random permutation of range(count), without storing it.
+
+    A Feistel network permutes the next power of four; what falls outside is permuted again until it is inside
+    (cycle walking; Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = position >> half, position & mask
+        for turn in range(4):
+            mixed = (right + 1) * 0x9E3779B97F4A7C15 + (seed * 0x100000001B3 + epoch * 0x1000193 + turn)
+            mixed = ((mixed ^ (mixed >> 31)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed ^ (mixed >> 29)) & mask)
+        position = left << half | right
+        if position < count:
+            return position
+
+
+Piece = tuple[int, int, int]  # document, its first token in this row, number of tokens
+
+
+class RowStream:
+    """Yields rows as lists of pieces that together hold at most T tokens; the same on every rank.
+
+    With `shuffle` it goes on for ever, epoch after epoch; without (validation) it ends with the documents.
+    """
+
+    def __init__(self, shards: Shards, row: int, seed: int, shuffle: bool = True):
+        if not len(shards):
+            raise ValueError("this part of the packed data holds no documents")
+        self.shards, self.row, self.seed, self.shuffle = shards, row, seed, shuffle
+        self.epoch = self.position = 0  # of the next document to be drawn
+        self.waiting: list[Piece] = []  # in the order of arrival
+
+    def state(self) -> dict:
+        """Everything that the next rows depend on, as JSON."""
+        return {"epoch": self.epoch, "position": self.position, "waiting": [list(p) for p in self.waiting]}
+
+    def load_state(self, state: dict) -> None:
+        """Go on where `state` was taken."""
+        self.epoch, self.position = state["epoch"], state["position"]
+        self.waiting = [tuple(p) for p in state["waiting"]]
+
+    def _refill(self) -> None:
+        while len(self.waiting) < WAITING:
+            if self.position == len(self.shards):
+                if not self.shuffle:
+                    return
+                self.epoch, self.position = self.epoch + 1, 0
+            document = self.position
+            if self.shuffle:
+                document = shuffled(document, len(self.shards), self.seed, self.epoch)
+            self.position += 1
+            length = self.shards.length(document)
+            for start in range(0, length, self.row):  # only a document longer than a row is cut
+                self.waiting.append((document, start, min(self.row, length - start)))
+
+    def __iter__(self) -> Iterator[list[Piece]]:
+        return self
+
+    def __next__(self) -> list[Piece]:
+        self._refill()
+        if not self.waiting:
+            raise StopIteration
+        pieces = [self.waiting.pop(0)]
+        room = self.row - pieces[0][2]
+        by_length = sorted(
+            range(len(self.waiting)), key=lambda i: (self.waiting[i][2], -i)
+        )  # oldest of equals last
+        lengths = [self.waiting[i][2] for i in by_length]
+        taken = []
+        while room and (fit := bisect.bisect_right(lengths, room)):
+            lengths.pop(fit - 1)
+            taken.append(by_length.pop(fit - 1))
+            room -= self.waiting[taken[-1]][2]
+        pieces += [self.waiting[i] for i in taken]
+        self.waiting = [p for i, p in enumerate(self.waiting) if i not in set(taken)]
+        return pieces
+
+
+def collate(shards: Shards, rows: list[list[Piece]], width: int) -> dict:
+    """Materialise rows as a batch of (B, T) int64 tensors ids, targets, doc_ids.
+
+    The end of a row that no document filled is a document of its own (doc_id −1) with nothing to train.
+    """
+    import torch
+
+    ids = np.zeros((len(rows), width), np.int64)
+    targets = np.full((len(rows), width), IGNORE, np.int64)
+    doc_ids = np.full((len(rows), width), -1, np.int64)
+    for b, pieces in enumerate(rows):
+        at = 0
+        for n, (document, start, count) in enumerate(pieces):
+            tokens = shards.read(document, start, count + 1)  # one more: what the piece's last token predicts
+            ids[b, at : at + count] = tokens[:count]
+            targets[b, at : at + len(tokens) - 1] = tokens[1:]
+            doc_ids[b, at : at + count] = n
+            at += count
+    return {
+        "ids": torch.from_numpy(ids),
+        "targets": torch.from_numpy(targets),
+        "doc_ids": torch.from_numpy(doc_ids),
+    }
+
+
+class Batches:
+    """The micro-batches of every optimizer step for one rank, with the state that resumes them exactly.
+
+    Step s takes the global rows [s·rows_per_step, (s+1)·rows_per_step); rank r takes rows r, r + W, … of
+    them, in micro-batches of `micro_rows`. Iterating yields a list of batches (dicts) per step.
+    """
+
+    def __init__(self, stream: RowStream, rows_per_step: int, micro_rows: int, rank: int = 0, world: int = 1):
+        assert rows_per_step % (micro_rows * world) == 0
+        self.stream, self.rows_per_step, self.micro_rows = stream, rows_per_step, micro_rows
+        self.rank, self.world = rank, world
+
+    def __iter__(self) -> Iterator[list[dict]]:
+        return self
+
+    def __next__(self) -> list[dict]:
+        rows = [next(self.stream) for _ in range(self.rows_per_step)][self.rank :: self.world]
+        groups = (rows[i : i + self.micro_rows] for i in range(0, len(rows), self.micro_rows))
+        return [collate(self.stream.shards, group, self.stream.row) for group in groups]
+
+    def state(self) -> dict:
+        """The position in the stream, as JSON; the same on every rank."""
+        return self.stream.state()
+
+    def load_state(self, state: dict) -> None:
+        """Go on where `state` was taken, on any number of ranks."""
+        self.stream.load_state(state)
+
+
+def validation_batches(
+    shards: Shards, width: int, rows: int, rank: int = 0, world: int = 1
+) -> Iterator[dict]:
+    """Yield this rank's share of all validation rows once, `rows` at a time, in a fixed order."""
+    mine = [row for i, row in enumerate(RowStream(shards, width, 0, shuffle=False)) if i % world == rank]
+    for i in range(0, len(mine), rows):
+        yield collate(shards, mine[i : i + rows], width)
+
+
+# --- 4. looking
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CheckConfig:
+    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, .jsonl.gz files, or folders of them
+
+
+def check(config: CheckConfig) -> None:
+    """Read every document; stop at the first bad line and say where it is and why."""
+    count = size = 0
+    for text in common.documents(config.files):
+        count, size = count + 1, size + len(text)
+    if not count:
+        raise ValueError(f"{', '.join(config.files)}: no documents")
+    print(f"{count:,} documents, {size:,} characters, no bad line")
+
+
+@dataclass
+class ShowConfig:
+    folder: tyro.conf.Positional[str]  # a packed folder
+    rows: int = 1  # rows to show
+    length: int = 128  # tokens of a row
+    seed: int = 0  # of the stream
+
+
+def show(config: ShowConfig) -> None:
+    """Print rows of the training stream: documents between bars, what is not trained in brackets."""
+    tokenizer: Tokenizer = load_tokenizer(config.folder)
+    stream = RowStream(Shards([config.folder], "train"), config.length, config.seed)
+    for _ in range(config.rows):
+        pieces = next(stream)
+        texts = [tokenizer.decode(stream.shards.read(*p).tolist()) for p in pieces]
+        filled = sum(count for _, _, count in pieces)
+        print(" | ".join(texts))
+        print(f"  [{len(pieces)} documents, {filled} of {config.length} positions]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    common.run(pack, check, show, doc=__doc__)

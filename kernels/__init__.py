@@ -1,0 +1,30 @@
+"""The operations that decide speed: one per file, each with its formula and its plain-torch definition.
+
+The plain-torch functions here are the definition, the CPU path and the oracle of every faster kernel. They
+take all options, run in any floating dtype (float64 included) and are differentiable. model.py calls them
+and never looks at the device.
+
+Shapes: B batch, T query length, S key length, H query heads, K key-value heads, D head dim, C width, F mlp
+width, V vocabulary, N rows (B·T flattened).
+"""
+
+from kernels.attention import attention, attention_decode
+from kernels.glu import ACTIVATIONS, glu
+from kernels.linear_nll import linear_nll
+from kernels.norm import layer_norm, rms_norm
+from kernels.quant import int4_linear, int8_linear
+from kernels.rope import rope, rope_table
+
+__all__ = [
+    "ACTIVATIONS",
+    "attention",
+    "attention_decode",
+    "glu",
+    "int4_linear",
+    "int8_linear",
+    "layer_norm",
+    "linear_nll",
+    "rms_norm",
+    "rope",
+    "rope_table",
+]

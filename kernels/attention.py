@@ -1,0 +1,74 @@
+"""Causal attention with grouped heads, documents, a cache and ALiBi, all through two numbers per query.
+
+    out[b,h,i] = Σ_j softmax_j( q[b,h,i]·k[b,h//G,j] / √D − slopes[h]·(p − j) ) v[b,h//G,j]
+    p = start[b] + i,   j runs over lo[b,i] … p,   G = H/K query heads share a key-value head
+
+`start` says where the queries sit among the keys (a cache), `lo` is the first key that a query may see
+(packed documents, sliding windows). A query that sees no key (lo > p) gives 0.
+
+ALiBi: Press et al. 2021, "Train Short, Test Long". Grouped heads: Ainslie et al. 2023, "GQA".
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor | None = None,
+    start: torch.Tensor | None = None,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend causally from every query to the keys of its own document.
+
+    q (B, H, T, D); k, v (B, K, S, D) with H a multiple of K; lo (B, T) integer, default 0; start (B,)
+    integer, default S − T; slopes (H,) for ALiBi. Returns (B, H, T, D) in q's dtype. Only this definition
+    builds a (T, S) mask, and only where one of the three options asks for it.
+    """
+    T, S = q.shape[2], k.shape[2]
+    grouped = q.shape[1] != k.shape[1]
+    if lo is None and start is None and slopes is None and T in (1, S):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
+    key = torch.arange(S, device=q.device)
+    offset = torch.tensor([S - T], device=q.device) if start is None else start
+    position = offset[:, None] + torch.arange(T, device=q.device)  # (B or 1, T)
+    visible = key <= position[..., None]  # (B or 1, T, S)
+    if lo is not None:
+        visible = visible & (key >= lo[..., None])
+    visible = visible[:, None]  # (B or 1, 1, T, S)
+    if slopes is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+    # distances are counted in fp32: in bf16 only 624 of 2,048 positions would stay distinct for slope 0.84
+    distance = (position[..., None] - key)[:, None].to(torch.promote_types(q.dtype, torch.float32))
+    bias = (-slopes.to(distance.dtype)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
+    if k.dtype == torch.bfloat16:  # a bf16 bias would round the distances again, so all of it in fp32
+        out = F.scaled_dot_product_attention(
+            q.float(), k.float(), v.float(), attn_mask=bias, enable_gqa=grouped
+        )
+        return out.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+
+
+def attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    slopes: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attend from a few new tokens to a cache that already holds their keys and values.
+
+    q (B, H, T, D) with T ≤ 8; k_cache, v_cache (B, K, S, D); lengths (B,): the tokens before the new ones, so
+    that query i of row b sits at position lengths[b] + i. Returns (B, H, T, D).
+    """
+    T = q.shape[2]
+    used = int(lengths.max()) + T  # the rest of the cache holds nothing that anyone sees
+    k, v = k_cache[:, :, :used], v_cache[:, :, :used]
+    same_length = q.shape[0] == 1
+    if same_length and T == 1 and slopes is None:
+        return attention(q, k, v)
+    return attention(q, k, v, start=lengths, slopes=slopes)

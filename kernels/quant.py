@@ -1,0 +1,47 @@
+"""Linear layers over weights stored in 8 or 4 bits; activations keep their dtype.
+
+    int8: W[n,k] = scale[n] · q[n,k]                                        one scale per output row
+    int4: W[n,k] = scales[n,g] · (nibble − 8) + zeros[n,g],  g = k // group  two nibbles a byte
+
+Byte j of an int4 row holds column 2j in its low and column 2j+1 in its high nibble.
+
+Dettmers et al. 2022, "LLM.int8()"; Frantar et al. 2022, "GPTQ" (group-wise scales).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def int8_linear(
+    x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply x (..., K) by an int8 weight: q (N, K), scale (N,), bias (N,) → (..., N) in x's dtype."""
+    y = F.linear(x, q.to(x.dtype)) * scale.to(
+        x.dtype
+    )  # int8 is exact in bf16, so scaling afterwards loses nothing
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def int4_dequantize(q: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, group: int) -> torch.Tensor:
+    """Unpack int4 weights: q (N, K/2) uint8, scales and zeros (N, K/group) → (N, K) in the scales' dtype."""
+    nibbles = torch.stack((q & 15, q >> 4), dim=-1).flatten(1)  # (N, K)
+    values = (nibbles.to(scales.dtype) - 8).unflatten(1, (-1, group))  # (N, K/group, group)
+    return (values * scales[..., None] + zeros[..., None]).flatten(1)
+
+
+def int4_linear(
+    x: torch.Tensor,
+    q: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    group: int,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multiply by an int4 weight: x (..., K) → (..., N) in x's dtype.
+
+    q (N, K/2) uint8, scales and zeros (N, K/group), bias (N,). K is a multiple of group, group is even.
+    """
+    y = F.linear(x, int4_dequantize(q, scales, zeros, group).to(x.dtype))
+    return y if bias is None else y + bias.to(x.dtype)

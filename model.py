@@ -1,0 +1,538 @@
+"""One decoder for three families: LLaMA (XVERSE, XuanYuan), Phi (Xiangxin, Phi2-Chinese), BLOOM (YaYi).
+
+    ids -> embedding -> L blocks -> norm -> head -> logits, or the loss of every token
+
+A family is a setting of switches, not a subclass:
+
+              norm       position        mlp           block        biases            head
+    llama     RMSNorm    RoPE            SwiGLU        sequential   none              own or tied
+    phi       LayerNorm  RoPE, partial   gelu (tanh)   parallel     everywhere        own, with a bias
+    bloom     LayerNorm  ALiBi           gelu (tanh)   sequential   all but the head  tied; embedding normed
+
+This file is nn.Module and shapes, nothing else: files are in checkpoint.py, parallelism in parallel.py,
+sampling in generate.py. Every operation that decides speed is a function of kernels/.
+
+Precision is visible. Parameters may be fp32 masters while `model.compute_dtype` is bf16: the embedding's
+output is cast once, and every layer casts its weight to the dtype of what flows in. There is no autocast.
+
+    model = build(PRESETS["demo"]);  init_weights(model, seed=1)
+    logits = model(ids)                          # (B, T, V)
+    nll = model(ids, targets)                    # (B, T) fp32, 0 where targets is -100
+
+Touvron et al. 2023 (LLaMA 2); Gunasekar et al. 2023 (Phi); BigScience 2022 (BLOOM); Vaswani et al. 2017.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import kernels
+
+# --- 1. configuration ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Family:
+    """The switches that make one decoder a LLaMA, a Phi or a BLOOM."""
+
+    rms_norm: bool  # RMSNorm, else LayerNorm
+    rope: bool  # rotary positions, else ALiBi
+    gated: bool  # act(gate) * up, else act(up)
+    act: str  # of the MLP, a name of kernels.ACTIVATIONS
+    parallel: bool  # x + attention(n) + mlp(n) with one norm, else one after the other with a norm each
+    bias: bool  # on every linear of the blocks
+    head_bias: bool
+    embed_norm: bool  # a norm after the embedding
+    fused_qkv: bool  # one linear for q, k, v, interleaved by head: (H, 3, D)
+
+
+FAMILIES = {
+    "llama": Family(True, True, True, "silu", False, False, False, False, False),
+    "phi": Family(False, True, False, "gelu_tanh", True, True, True, False, False),
+    "bloom": Family(False, False, False, "gelu_tanh", False, True, False, True, True),
+}
+
+
+@dataclass
+class ModelConfig:
+    """The shape of a model, under the names of LLaMA's config.json.
+
+    ValueError where no Hugging Face class of the family could hold the combination.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    intermediate_size: int
+    max_position_embeddings: int  # context length; ALiBi can go beyond it, RoPE cannot
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rope_theta: float = 10000.0
+    partial_rotary_factor: float = 1.0  # the share of a head's dimensions that RoPE turns
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    head: str = "lm"  # lm | score (a number per token: reward model, critic) | none (hidden states)
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+    dropout: float = 0.0  # after the embedding and on both residual branches; a training option, not stored
+
+    def __post_init__(self):
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        require = functools.partial(_require, self)
+        require(self.family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}")
+        require(self.head in ("lm", "score", "none"), "head must be lm, score or none")
+        require(
+            self.num_attention_heads % self.num_key_value_heads == 0, "query heads: a multiple of kv heads"
+        )
+        if self.family != "llama":
+            require(
+                self.head_dim * self.num_attention_heads == self.hidden_size,
+                "head_dim x heads != hidden_size",
+            )
+        if self.family == "bloom":
+            require(self.num_key_value_heads == self.num_attention_heads, "BLOOM has no grouped heads")
+            require(self.intermediate_size == 4 * self.hidden_size, "BLOOM's MLP is 4 x hidden_size wide")
+            require(self.tie_word_embeddings or self.head != "lm", "BLOOM's head is tied to the embedding")
+        else:
+            require(
+                self.rotary_dim % 2 == 0 and self.rotary_dim > 0,
+                f"cannot rotate {self.rotary_dim} dimensions",
+            )
+        if self.family != "phi":
+            require(self.partial_rotary_factor == 1.0, "only Phi rotates a part of the head")
+        require(0 <= self.dropout < 1, "dropout must lie in [0, 1)")
+
+    @property
+    def switches(self) -> Family:
+        """The switches of the family."""
+        return FAMILIES[self.family]
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of a head that RoPE turns: int(D · factor), 32 of 80 for phi-2."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+
+def _require(config, condition, what):
+    if not condition:
+        raise ValueError(f"{what} ({config})")
+
+
+def _llama(vocab, width, layers, heads, mlp, context, kv=0, eps=1e-5, **more) -> ModelConfig:
+    return ModelConfig("llama", vocab, width, layers, heads, mlp, context, kv, norm_eps=eps, **more)
+
+
+def _phi(vocab, width, layers, heads, mlp, context, rotary) -> ModelConfig:
+    return ModelConfig("phi", vocab, width, layers, heads, mlp, context, partial_rotary_factor=rotary)
+
+
+def _bloom(vocab, width, layers, heads) -> ModelConfig:
+    return ModelConfig("bloom", vocab, width, layers, heads, 4 * width, 2048, tie_word_embeddings=True)
+
+
+FROM_TOKENIZER = 0  # a vocab_size that train.py replaces by the tokenizer's, rounded up to a multiple of 64
+
+PRESETS = {
+    # for a laptop
+    "tiny": _llama(FROM_TOKENIZER, 64, 2, 4, 176, 256, kv=2, tie_word_embeddings=True),
+    "demo": _llama(FROM_TOKENIZER, 256, 6, 4, 704, 512, tie_word_embeddings=True),
+    "small": _llama(FROM_TOKENIZER, 512, 8, 8, 1408, 512, tie_word_embeddings=True),
+    # the published systems
+    "phi-2": _phi(51200, 2560, 32, 32, 10240, 2048, 0.4),
+    "xiangxin-3b": _phi(51200, 2560, 32, 32, 10240, 2048, 0.4),
+    "phi2-chinese-0.2b": _phi(35840, 768, 16, 12, 4096, 512, 0.5),
+    "phi2-chinese-v1": _phi(35840, 768, 24, 12, 4096, 512, 0.5),
+    "phi2-chinese-head": _phi(35840, 960, 24, 16, 4096, 512, 0.5),
+    "xverse-13b": _llama(100278, 5120, 40, 40, 13824, 8192, eps=1e-6),
+    "xverse-13b-2": _llama(100534, 5120, 40, 40, 13824, 8192, eps=1e-6),
+    "xuanyuan-6b": _llama(39438, 4096, 30, 32, 11008, 2048),
+    "llama-2-7b": _llama(32000, 4096, 32, 32, 11008, 4096),
+    "yayi-7b-llama2": _llama(32005, 4096, 32, 32, 11008, 4096),
+    "llama-2-13b": _llama(32000, 5120, 40, 40, 13824, 4096),
+    "yayi-13b-llama2": _llama(32005, 5120, 40, 40, 13824, 4096),
+    "llama-2-70b": _llama(32000, 8192, 80, 64, 28672, 4096, kv=8),
+    "xuanyuan-70b": _llama(39438, 8192, 80, 64, 28672, 8192, kv=8),
+    "bloomz-7b1": _bloom(250880, 4096, 30, 32),
+    "yayi-7b": _bloom(250684, 4096, 30, 32),
+}
+
+# --- 2. layers ----------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A linear layer that casts its weight to the dtype of its input at use; its values are set elsewhere."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+    def reset_parameters(self):
+        """Do nothing: `init_weights` or `checkpoint.load_into` sets every parameter."""
+
+
+class Embedding(nn.Embedding):
+    """A table of token vectors; its values are set elsewhere."""
+
+    def reset_parameters(self):
+        """Do nothing, as in Linear."""
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm over the last dimension."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(config.hidden_size))
+        self.bias = None if config.switches.rms_norm else nn.Parameter(torch.empty(config.hidden_size))
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None):
+        """Normalise (..., C); with `residual` return (normalised sum, sum)."""
+        if self.bias is None:
+            return kernels.rms_norm(x, self.weight, self.eps, residual)
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps, residual)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped heads, RoPE or ALiBi, and a cache."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        H, K, D, C = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+            config.hidden_size,
+        )
+        self.heads, self.kv_heads, self.head_dim = H, K, D
+        self.fused = config.switches.fused_qkv
+        bias = config.switches.bias
+        if self.fused:
+            self.query_key_value = Linear(C, 3 * H * D, bias=bias)
+        else:
+            self.q_proj = Linear(C, H * D, bias=bias)
+            self.k_proj = Linear(C, K * D, bias=bias)
+            self.v_proj = Linear(C, K * D, bias=bias)
+        self.o_proj = Linear(H * D, C, bias=bias)
+
+    def forward(self, x: torch.Tensor, where: Where, layer: int) -> torch.Tensor:
+        """Mix information along time: (B, T, C) -> (B, T, C)."""
+        B, T, _ = x.shape
+        q, k, v = (h.transpose(1, 2) for h in self.project(x))  # (B, H or K, T, D)
+        if where.cos is not None:
+            q, k = kernels.rope(q, k, where.cos, where.sin)
+        if where.cache is None:
+            y = kernels.attention(q, k, v, lo=where.lo, slopes=where.slopes)
+        else:
+            keys, values = where.cache.write(layer, k, v, where.positions)  # (B, K, S, D)
+            lengths = where.cache.lengths
+            if where.empty:
+                y = kernels.attention(q, k, v, slopes=where.slopes)
+            elif T <= 8:
+                y = kernels.attention_decode(q, keys, values, lengths, where.slopes)
+            else:
+                y = kernels.attention(q, keys, values, start=lengths, slopes=where.slopes)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
+
+    def project(self, x: torch.Tensor):
+        """Give the heads' queries (B, T, H, D), keys and values (B, T, K, D)."""
+        B, T, _ = x.shape
+        H, K, D = self.heads, self.kv_heads, self.head_dim
+        if self.fused:
+            return self.query_key_value(x).view(B, T, H, 3, D).unbind(3)
+        return (
+            self.q_proj(x).view(B, T, H, D),
+            self.k_proj(x).view(B, T, K, D),
+            self.v_proj(x).view(B, T, K, D),
+        )
+
+
+class MLP(nn.Module):
+    """The position-wise network: gated (LLaMA) or plain (Phi, BLOOM)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, F_, bias = config.hidden_size, config.intermediate_size, config.switches.bias
+        self.act = config.switches.act
+        self.gate_proj = Linear(C, F_, bias=bias) if config.switches.gated else None
+        self.up_proj = Linear(C, F_, bias=bias)
+        self.down_proj = Linear(F_, C, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Transform each position: (B, T, C) -> (B, T, C)."""
+        if self.gate_proj is None:
+            return self.down_proj(kernels.ACTIVATIONS[self.act](self.up_proj(x)))
+        return self.down_proj(kernels.glu(self.gate_proj(x), self.up_proj(x), self.act))
+
+
+class Block(nn.Module):
+    """Attention and MLP around the residual stream: one after the other, or side by side (Phi)."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer, self.config = layer, config
+        self.input_layernorm = Norm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = None if config.switches.parallel else Norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
+        """Add this block's contribution to the residual stream (B, T, C)."""
+        drop = functools.partial(F.dropout, p=self.config.dropout, training=self.training)
+        n = self.input_layernorm(x)
+        a = self.self_attn(n, where, self.layer)
+        if self.post_attention_layernorm is None:
+            return x + drop(a + self.mlp(n))
+        n, x = self.post_attention_layernorm(drop(a), residual=x)  # one pass adds and normalises
+        return x + drop(self.mlp(n))
+
+
+class Head(Linear):
+    """The projection to the vocabulary, which is also where the loss of every token is computed."""
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None):
+        """Return logits (..., V), or with targets (B, T) the pair (nll, lse), each (B, T) in fp32."""
+        if targets is None:
+            return super().forward(x)
+        nll, lse = kernels.linear_nll(x.flatten(0, 1), self.weight, self.bias, targets.flatten())
+        return nll.view_as(targets), lse.view_as(targets)
+
+
+# --- 3. where tokens stand ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, with room for `size` tokens a row.
+
+    k, v: (L, B, K, S, D); lengths: (B,) tokens held by each row. To roll back, to reuse a prefix or to
+    replace a row, assign to lengths and copy rows: what lies beyond lengths is never read.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, dtype: torch.dtype, device="cpu"):
+        check_length(config, size)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+
+    @property
+    def size(self) -> int:
+        """Tokens that fit in a row."""
+        return self.k.shape[3]
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
+        """Store k, v (B, K, T, D) at positions (B, T); return all of the layer's: two (B, K, S, D)."""
+        keys, values = self.k[layer], self.v[layer]
+        if len(k) == 1:
+            keys.index_copy_(2, positions[0], k)
+            values.index_copy_(2, positions[0], v)
+        else:
+            row = torch.arange(len(k), device=k.device)[:, None]
+            keys[row, :, positions] = k.transpose(1, 2)  # indexed (B, T), so the value is (B, T, K, D)
+            values[row, :, positions] = v.transpose(1, 2)
+        return keys, values
+
+
+@dataclass
+class Where:
+    """What attention needs to know about positions, computed once per forward pass for all layers."""
+
+    positions: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
+    cos: torch.Tensor | None = None  # (B or 1, T, R/2) fp32
+    sin: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None  # (H,) fp32
+    lo: torch.Tensor | None = None  # (B, T) first key that each query sees
+    cache: KVCache | None = None
+    empty: bool = False  # the cache holds nothing yet, so the new tokens see only one another
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Refuse more tokens than a RoPE model was trained for (ValueError); under ALiBi only warn."""
+    if length <= config.max_position_embeddings:
+        return
+    text = f"{length} tokens exceed the model's context of {config.max_position_embeddings}"
+    if config.switches.rope:
+        raise ValueError(f"{text}; shorten the input, or ask for fewer new tokens")
+    warnings.warn(f"{text}; ALiBi can go on, but the model was not trained there", stacklevel=3)
+
+
+def document_starts(doc_ids: torch.Tensor) -> torch.Tensor:
+    """Find the index where each token's document begins: [[7, 7, 9]] -> [[0, 0, 2]].  (B, T) -> (B, T)."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return torch.where(begins, index, 0).cummax(1).values
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Give ALiBi's slope of each head: 2^(-8i/H) for a power of two, else the published interpolation.
+
+    For 12 heads: the 8 slopes of 8 heads, then every other slope of 16 heads.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return first + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
+
+
+def rope_frequencies(config: ModelConfig, device) -> torch.Tensor:
+    """Give θ^(-2i/R) for i = 0 … R/2 − 1, fp32, where R counts the rotated dimensions only."""
+    R = config.rotary_dim
+    return config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float32, device=device) / R)
+
+
+# --- 4. the model -------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    """The decoder. Build it with `build`, fill it with `init_weights` or `checkpoint.load_model`."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
+        self.known_vocab = config.vocab_size  # ids from here on have no text; sampling never picks them
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.embed_norm = Norm(config) if config.switches.embed_norm else None
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = Norm(config)
+        if config.head == "lm":
+            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.switches.head_bias)
+        elif config.head == "score":
+            self.score = Linear(config.hidden_size, 1, bias=False)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head share the embedding's tensor, where the config says so."""
+        if self.config.head == "lm" and self.config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        doc_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        num_new: torch.Tensor | None = None,
+        last: bool = False,
+        lse: bool = False,
+    ):
+        """Run the decoder over ids (B, T).
+
+        targets  (B, T): return the nll of every token (B, T) in fp32, 0 where targets is -100; with `lse`
+                 the pair (nll, logsumexp of the logits), for z-loss.
+        doc_ids  (B, T): tokens see only earlier tokens of the same document; documents are contiguous.
+        cache    the new tokens of row b stand at cache.lengths[b] + arange(T); lengths grow by num_new (B,),
+                 by T if it is not given. Rows of unequal length are padded on the right.
+        last     compute the head only at each row's last real position.
+
+        Returns without targets: head lm: logits (B, T, V), or (B, V) with `last`; head score: (B, T, 1)
+        fp32, or (B, 1); head none: hidden states (B, T, C), or (B, C). ValueError if T exceeds a RoPE
+        model's context.
+        """
+        B, T = ids.shape
+        x = self.embed_tokens(ids)  # (B, T, C)
+        x = x.to(self.compute_dtype or x.dtype)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
+        x = F.dropout(x, self.config.dropout, self.training)
+        where = self._where(B, T, ids.device, doc_ids, cache)
+        for layer in self.layers:
+            x = layer(x, where)
+        if cache is not None:
+            cache.lengths = cache.lengths + (T if num_new is None else num_new)
+        if last:
+            end = torch.full((B,), T, device=ids.device) if num_new is None else num_new
+            x = x[torch.arange(B, device=ids.device), end - 1]  # (B, C)
+        x = self.norm(x)
+        if self.config.head == "none":
+            return x
+        if self.config.head == "score":
+            return self.score(x).float()
+        if targets is None:
+            return self.lm_head(x)
+        nll, z = self.lm_head(x, targets)
+        return (nll, z) if lse else nll
+
+    def _where(self, B, T, device, doc_ids, cache) -> Where:
+        steps = torch.arange(T, device=device)[None]  # (1, T)
+        if cache is not None:
+            assert doc_ids is None, "a cache row is one document"
+            where = Where(
+                cache.lengths[:, None] + steps, cache=cache, empty=T > 1 and not cache.lengths.any()
+            )
+        elif doc_ids is not None:
+            lo = document_starts(doc_ids)
+            where = Where(steps - lo, lo=lo)
+        else:
+            where = Where(steps)
+        if cache is None:
+            check_length(self.config, T)
+        if self.config.switches.rope:
+            where.cos, where.sin = kernels.rope_table(where.positions, rope_frequencies(self.config, device))
+        else:
+            where.slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)
+        return where
+
+
+# --- 5. building, initialising, counting --------------------------------------------------------------------
+
+
+def build(config: ModelConfig, device: str | torch.device = "cpu") -> Model:
+    """Make a model with undefined weights; device "meta" takes no memory, for counting and for sharding."""
+    config = dataclasses.replace(config)
+    with torch.device(device):
+        return Model(config)
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int, std: float = 0.02) -> None:
+    """Draw every weight from N(0, std²), residual outputs from N(0, std²/2L); norms 1, biases 0.
+
+    Each parameter has its own generator, seeded by `seed` and its name: the values depend neither on the
+    number of ranks nor on which other parameters exist. (GPT-2 report, section 2.3.)
+    """
+    layers = model.config.num_hidden_layers
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            p.zero_()
+        elif p.dim() == 1:
+            p.fill_(1.0)
+        else:
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            scale = std / math.sqrt(2 * layers) if residual else std
+            # 32 bits with the seed mixed in: a CPU generator ignores the higher bits of its seed
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator))
+
+
+def num_params(config: ModelConfig) -> int:
+    """Count the parameters without allocating them; a tied head counts once."""
+    return sum(p.numel() for p in build(config, "meta").parameters())
+
+
+def flops_per_token(config: ModelConfig, length: int) -> float:
+    """Count the floating-point operations to train one token in rows of `length` tokens.
+
+    6 per parameter of a matrix product (2 forward, 4 backward), plus attention: 12·L·H·D·length for scores
+    and weighted sums, halved because a causal query sees half of the row on average. The embedding look-up
+    is free; the head counts, tied or not. (Chowdhery et al. 2022, PaLM, appendix B.)
+    """
+    matrices = num_params(config) - config.vocab_size * config.hidden_size
+    if config.tie_word_embeddings and config.head == "lm":
+        matrices += config.vocab_size * config.hidden_size
+    attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
+    return 6 * matrices + attention

@@ -1,0 +1,1272 @@
+"""Model folders are what transformers writes and reads; a training state comes back bit for bit or not at all."""
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import ROOT, tiny_hf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checkpoint
+import common
+import model as decoder
+from model import ModelConfig
+
+# name -> (family of conftest.tiny_hf, overrides of its configuration)
+CASES = {
+    "llama": ("llama", {}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-tied": ("llama-tied", {}),
+    "llama-wide-heads": ("llama", {"head_dim": 24}),
+    "phi": ("phi", {}),
+    "phi-gqa": ("phi", {"num_key_value_heads": 2}),
+    "phi-tied": ("phi", {"tie_word_embeddings": True}),
+    "bloom": ("bloom", {}),
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ONE = common.Process(0, 1, "cpu")
+RANK, MANIFEST = "state/rank-00000.safetensors", "state/manifest.json"
+
+
+# --- helpers -------------------------------------------------------------------------------------------------
+
+
+def case_hf(case, dtype=torch.float32):
+    family, config = CASES[case]
+    return tiny_hf(family, dtype=dtype, **config)
+
+
+def ids(vocab=99):
+    return torch.randint(vocab, (2, 17), generator=torch.Generator().manual_seed(5))
+
+
+@torch.no_grad()
+def assert_same_logits(ours, theirs):
+    """Compare an own and a transformers model in fp32, to 1e-5 of the largest logit."""
+    a, b = ours.float()(ids()), theirs.float().eval()(ids())
+    b = b.logits if hasattr(b, "logits") else b.last_hidden_state
+    assert a.shape == b.shape
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def assert_same_tensors(ours, theirs):
+    """Every parameter is, bit for bit and in dtype, the tensor of transformers under the mapped name."""
+    state = theirs.state_dict()
+    for name, p in ours.named_parameters():
+        other = state[checkpoint.hf_name(name, ours.config.family)]
+        assert p.dtype == other.dtype and torch.equal(p, other), name
+
+
+def load_hf(folder, cls):
+    """Load a folder with transformers, which must find every tensor and nothing else."""
+    theirs, info = cls.from_pretrained(folder, output_loading_info=True, dtype="auto")
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert not info.get("error_msgs"), info
+    return theirs
+
+
+def own_config(family="llama", **changes):
+    shape = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 112, "num_key_value_heads": 2}
+    if family == "phi":
+        shape |= {"partial_rotary_factor": 0.4}
+    if family == "bloom":
+        shape = {
+            "hidden_size": 48,
+            "num_attention_heads": 6,
+            "intermediate_size": 192,
+            "tie_word_embeddings": True,
+        }
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    shape |= {"vocab_size": 99, "num_hidden_layers": 2, "max_position_embeddings": 128}
+    return ModelConfig(family, **{**shape, **tokens, **changes})
+
+
+@torch.no_grad()
+def own_model(config, seed=0, dtype=torch.float32):
+    """Build one of our models with random values everywhere, biases and norms too."""
+    made = decoder.build(config)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in made.named_parameters():
+        p.normal_(0, 0.3, generator=generator)
+        if p.dim() == 1 and not name.endswith("bias"):
+            p.add_(1.0)
+    return made.to(dtype).eval()
+
+
+def edit_config(folder, remove=(), **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in remove}))
+
+
+def edit_tensors(folder, change):
+    """Rewrite model.safetensors with what `change` makes of its dict of tensors."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors = change(tensors) or tensors
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_config(folder, text):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(text if isinstance(text, str) else json.dumps(text))
+    return folder
+
+
+def sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tree(folder):
+    """Digests of all files below a folder."""
+    return {str(p.relative_to(folder)): sha(p) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function that saves one of our models and gives (model, folder)."""
+
+    def save(family="llama", seed=0, **changes):
+        made, folder = own_model(own_config(family, **changes), seed), tmp_path / f"saved-{family}"
+        checkpoint.save_model(made, folder)
+        return made, folder
+
+    return save
+
+
+# --- transformers -> here ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_folder_of_transformers_loads_here_with_equal_tensors_and_logits(case, tmp_path):
+    theirs = case_hf(case)
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_model(tmp_path)
+    assert_same_tensors(ours, theirs)
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("case", ["llama-tied", "phi", "bloom"])
+def test_folder_of_transformers_loads_in_its_own_dtype(case, dtype, tmp_path):
+    theirs = case_hf(case, DTYPES[dtype])
+    theirs.save_pretrained(tmp_path)
+    ours = checkpoint.load_model(tmp_path)
+    assert {p.dtype for p in ours.parameters()} == {DTYPES[dtype]}
+    assert_same_tensors(ours, theirs)
+    # read again, because Module.to(bf16) rounded the fp32 inv_freq of RoPE too; from_pretrained does not
+    assert_same_logits(ours, load_hf(tmp_path, type(theirs)))
+    assert {p.dtype for p in checkpoint.load_model(tmp_path, torch.float32).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("case", ["llama", "phi", "bloom"])
+def test_sharded_folder_of_transformers_loads_here(case, tmp_path):
+    theirs = case_hf(case)
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    ours = checkpoint.load_model(tmp_path)
+    assert_same_tensors(ours, theirs)
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_folder_of_a_bare_transformers_body_loads_here_without_a_head(family, tmp_path):
+    theirs = tiny_hf(family).base_model
+    theirs.save_pretrained(tmp_path)
+    assert not any(
+        n.startswith(("model.", "transformer.")) for n in load_file(tmp_path / "model.safetensors")
+    )
+    ours = checkpoint.load_model(tmp_path)
+    assert ours.config.head == "none"
+    assert_same_logits(ours, theirs)
+
+
+def test_bare_body_bloom_folder_that_claims_to_be_a_language_model_loads_with_its_tied_head(tmp_path):
+    theirs = tiny_hf("bloom")
+    theirs.base_model.save_pretrained(tmp_path)
+    edit_config(tmp_path, architectures=["BloomForCausalLM"])
+    ours = checkpoint.load_model(tmp_path)
+    assert ours.config.head == "lm" and ours.lm_head.weight is ours.embed_tokens.weight
+    assert_same_logits(ours, theirs)
+
+
+def test_config_without_architectures_is_a_language_model(tmp_path):
+    theirs = tiny_hf("bloom")
+    theirs.save_pretrained(tmp_path)
+    edit_config(tmp_path, remove=["architectures"])
+    assert_same_logits(checkpoint.load_model(tmp_path), theirs)
+
+
+def test_folder_without_a_dtype_in_its_config_loads_in_the_dtype_of_its_tensors(tmp_path):
+    tiny_hf("phi", dtype=torch.bfloat16).save_pretrained(tmp_path)
+    edit_config(tmp_path, remove=["dtype", "torch_dtype"])
+    assert {p.dtype for p in checkpoint.load_model(tmp_path).parameters()} == {torch.bfloat16}
+
+
+def test_inv_freq_buffers_of_old_folders_are_ignored(tmp_path):
+    theirs = tiny_hf("llama")
+    theirs.save_pretrained(tmp_path)
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.rand(8) for i in range(2)}
+    edit_tensors(tmp_path, lambda t: t | buffers)
+    assert_same_logits(checkpoint.load_model(tmp_path), theirs)
+
+
+def test_repeated_equal_head_of_a_tied_folder_is_accepted(tmp_path):
+    theirs = tiny_hf("llama-tied")
+    theirs.save_pretrained(tmp_path)
+    edit_tensors(tmp_path, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    ours = checkpoint.load_model(tmp_path)
+    assert ours.lm_head.weight is ours.embed_tokens.weight
+    assert_same_logits(ours, theirs)
+
+
+# --- here -> transformers ------------------------------------------------------------------------------------
+
+OWN = {
+    "llama": {},
+    "llama tied": {"tie_word_embeddings": True},
+    "llama mha": {"num_key_value_heads": 4},
+    "llama wide heads": {"head_dim": 24, "rope_theta": 5e5},
+    "phi": {"rope_theta": 5e4},
+    "phi tied": {"tie_word_embeddings": True},
+    "bloom": {},
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_saved_folder_loads_in_transformers_with_equal_tensors_and_logits(case, tmp_path):
+    import transformers as tf
+
+    family = case.split()[0]
+    ours = own_model(own_config(family, **OWN[case]))
+    checkpoint.save_model(ours, tmp_path / "m")
+    for cls in (getattr(tf, f"{family.capitalize()}ForCausalLM"), tf.AutoModelForCausalLM):
+        theirs = load_hf(tmp_path / "m", cls)
+        assert type(theirs).__name__ == f"{family.capitalize()}ForCausalLM"
+        assert_same_tensors(ours, theirs)
+        assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_dtype_asked_of_save_model_is_the_dtype_in_the_folder(family, dtype, tmp_path):
+    import transformers as tf
+
+    ours = own_model(own_config(family))
+    checkpoint.save_model(ours, tmp_path / "m", dtype=DTYPES[dtype])
+    assert {p.dtype for p in ours.parameters()} == {torch.float32}  # the model itself is left alone
+    theirs = load_hf(tmp_path / "m", tf.AutoModelForCausalLM)
+    assert_same_tensors(ours.to(DTYPES[dtype]), theirs)
+    assert_same_logits(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_shards_and_index_load_in_transformers_and_here(family, tmp_path):
+    import transformers as tf
+
+    ours = own_model(own_config(family))
+    checkpoint.save_model(ours, tmp_path / "m", shard_bytes=50_000)
+    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    assert len(shards) > 2 and not (tmp_path / "m" / "model.safetensors").exists()
+    for shard in shards:
+        tensors = load_file(shard)
+        assert len(tensors) == 1 or sum(t.nbytes for t in tensors.values()) <= 50_000
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(p.nbytes for p in ours.parameters())
+    theirs = load_hf(tmp_path / "m", tf.AutoModelForCausalLM)
+    assert_same_tensors(ours, theirs)
+    assert_same_logits(ours, theirs)
+    assert_same_logits(checkpoint.load_model(tmp_path / "m"), theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_model_without_a_head_loads_as_the_bare_model_of_transformers(family, tmp_path):
+    import transformers as tf
+
+    ours = own_model(own_config(family, head="none"))
+    checkpoint.save_model(ours, tmp_path / "m")
+    theirs = load_hf(tmp_path / "m", tf.AutoModel)
+    assert_same_logits(ours, theirs)
+    back = checkpoint.load_model(tmp_path / "m")
+    assert back.config.head == "none"
+    assert_same_logits(back, theirs)
+
+
+@torch.no_grad()
+def scores(theirs):
+    """The score of transformers' classifier at three positions: it pools the last token, so cut the row there."""
+    theirs = theirs.float().eval()
+    return torch.stack([theirs(ids()[:1, : t + 1]).logits[0] for t in (0, 8, 16)])  # (3, 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_score_head_is_the_classifier_of_transformers_in_both_directions(family, tied, tmp_path):
+    import transformers as tf
+
+    ours = own_model(own_config(family, head="score", tie_word_embeddings=tied))
+    checkpoint.save_model(ours, tmp_path / "ours")
+    theirs = load_hf(tmp_path / "ours", tf.AutoModelForSequenceClassification)
+    assert type(theirs).__name__ == f"{family.capitalize()}ForSequenceClassification"
+    assert theirs.config.num_labels == 1 and torch.equal(theirs.score.weight, ours.score.weight)
+    with torch.no_grad():
+        expected = ours(ids())[0, [0, 8, 16]]
+    assert (scores(theirs) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = checkpoint.load_model(tmp_path / "theirs")
+    assert back.config.head == "score"
+    for (name, a), (other, b) in zip(ours.named_parameters(), back.named_parameters(), strict=True):
+        assert name == other and torch.equal(a, b)
+
+
+def test_saved_config_says_the_same_to_transformers_and_to_us(saved):
+    import transformers as tf
+
+    for family in ("llama", "phi", "bloom"):
+        made, folder = saved(family)
+        assert checkpoint.read_config(folder) == made.config
+        theirs = tf.AutoConfig.from_pretrained(folder)
+        assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (1, 2, 0)
+        assert theirs.vocab_size == 99 and theirs.num_hidden_layers == 2 and theirs.dtype == torch.float32
+        generation = tf.GenerationConfig.from_pretrained(folder)
+        assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (1, 2, 0)
+
+
+def test_rope_is_written_in_the_new_form_and_in_the_old_one(saved):
+    for family, part in (("llama", None), ("phi", 0.4)):
+        _, folder = saved(family, rope_theta=12345.0)
+        raw = json.loads((folder / "config.json").read_text())
+        assert raw["rope_theta"] == raw["rope_parameters"]["rope_theta"] == 12345.0
+        assert raw.get("partial_rotary_factor") == raw["rope_parameters"].get("partial_rotary_factor") == part
+
+
+def test_compiled_model_saves_to_the_same_bytes(saved, tmp_path):
+    made, folder = saved("phi")
+    made.layers[1] = torch.compile(made.layers[1])  # nothing is compiled before the first call
+    checkpoint.save_model(torch.compile(made), tmp_path / "compiled")
+    assert tree(tmp_path / "compiled") == tree(folder)
+
+
+def test_save_model_refuses_a_folder_that_holds_something_and_leaves_it_alone(saved):
+    made, folder = saved()
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    with pytest.raises(ValueError, match="not empty"):
+        checkpoint.save_model(made, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+    assert not folder.with_name(folder.name + ".tmp").exists()
+
+
+# --- names ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", decoder.PRESETS)
+def test_every_preset_has_the_tensor_names_and_shapes_of_transformers(preset):
+    import dataclasses
+
+    import transformers as tf
+
+    config = dataclasses.replace(
+        decoder.PRESETS[preset], vocab_size=decoder.PRESETS[preset].vocab_size or 640, num_hidden_layers=3
+    )
+    ours = decoder.build(config, "meta")
+    names = [n for n, _ in ours.named_parameters()]
+    mapped = {checkpoint.hf_name(n, config.family): list(p.shape) for n, p in ours.named_parameters()}
+    assert len(mapped) == len(names)  # one to one
+    raw = checkpoint.config_dict(config, torch.bfloat16)
+    with torch.device("meta"):
+        theirs = tf.AutoModelForCausalLM.from_config(tf.AutoConfig.for_model(**raw))
+    expected = {n: list(p.shape) for n, p in theirs.state_dict().items()}
+    if config.tie_word_embeddings:
+        assert expected.pop("lm_head.weight") == list(ours.lm_head.weight.shape)
+    assert mapped == expected
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_saved_tensors_are_the_parameters_bit_for_bit_under_names_that_are_one_to_one(family, saved):
+    made, folder = saved(family)
+    tensors = load_file(folder / "model.safetensors")
+    parameters = dict(made.named_parameters())
+    assert len({checkpoint.hf_name(n, family) for n in parameters}) == len(parameters) == len(tensors)
+    for name, p in parameters.items():
+        assert torch.equal(tensors[checkpoint.hf_name(name, family)], p), name
+    assert set(tensors) == set(tiny_hf(family).state_dict()) - (
+        {"lm_head.weight"} if family == "bloom" else set()
+    )
+
+
+# --- config.json ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_old_top_level_rope_keys_are_read_as_transformers_reads_them(family, tmp_path):
+    import transformers as tf
+
+    tiny_hf(family).save_pretrained(tmp_path)
+    old = {"rope_theta": 777.0} | ({"partial_rotary_factor": 0.25} if family == "phi" else {})
+    edit_config(tmp_path, remove=["rope_parameters"], **old)
+    ours = checkpoint.load_model(tmp_path)
+    assert ours.config.rope_theta == 777.0
+    assert ours.config.partial_rotary_factor == (0.25 if family == "phi" else 1.0)
+    assert_same_logits(ours, tf.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+def test_rope_parameters_win_over_the_old_top_level_keys(tmp_path):
+    import transformers as tf
+
+    tiny_hf("phi").save_pretrained(tmp_path)
+    new = {"rope_type": "default", "rope_theta": 777.0, "partial_rotary_factor": 0.25}
+    edit_config(tmp_path, rope_parameters=new, rope_theta=10000.0, partial_rotary_factor=0.5)
+    ours = checkpoint.load_model(tmp_path)
+    assert (ours.config.rope_theta, ours.config.partial_rotary_factor) == (777.0, 0.25)
+    assert_same_logits(ours, tf.AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+SHAPE = {"vocab_size": 99, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_keys_that_are_not_given_take_the_defaults_of_transformers(family, tmp_path):
+    import transformers as tf
+
+    raw = {"model_type": family, **SHAPE} | ({} if family == "bloom" else {"intermediate_size": 96})
+    config = checkpoint.read_config(write_config(tmp_path, raw))
+    theirs = tf.AutoConfig.for_model(**raw)
+    eps = {"llama": "rms_norm_eps", "phi": "layer_norm_eps", "bloom": "layer_norm_epsilon"}[family]
+    assert config.norm_eps == getattr(theirs, eps)
+    assert config.num_key_value_heads == 4 and config.head_dim == 16
+    assert config.max_position_embeddings == 2048
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    if family != "bloom":
+        assert theirs.num_key_value_heads == 4 and theirs.max_position_embeddings == 2048
+        assert config.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert config.partial_rotary_factor == theirs.rope_parameters.get("partial_rotary_factor", 1.0)
+        assert config.partial_rotary_factor == {"llama": 1.0, "phi": 0.5}[family]
+
+
+def test_null_kv_heads_mean_as_many_as_query_heads(tmp_path):
+    raw = {"model_type": "llama", **SHAPE, "intermediate_size": 96, "num_key_value_heads": None}
+    assert checkpoint.read_config(write_config(tmp_path, raw)).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("names", [("n_embed", "n_layer", "n_head"), ("hidden_size", "num_hidden_layers", "num_attention_heads")])  # fmt: skip
+def test_bloom_config_is_read_under_old_and_new_names(names, tmp_path):
+    raw = dict(zip(names, (48, 3, 6))) | {"model_type": "bloom", "vocab_size": 99}
+    raw |= {"layer_norm_epsilon": 1e-3, "seq_length": 77}
+    config = checkpoint.read_config(write_config(tmp_path, raw))
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (48, 3, 6)
+    assert (config.norm_eps, config.max_position_embeddings, config.intermediate_size) == (1e-3, 77, 192)
+    assert config.tie_word_embeddings
+
+
+def test_a_list_of_eos_tokens_gives_its_first(tmp_path):
+    raw = {"model_type": "llama", **SHAPE, "intermediate_size": 96, "eos_token_id": [7, 8]}
+    assert checkpoint.read_config(write_config(tmp_path, raw)).eos_token_id == 7
+
+
+def test_xverse_folder_reads_as_llama_and_is_written_as_llama(tmp_path):
+    import transformers as tf
+
+    theirs = tiny_hf("llama")
+    theirs.save_pretrained(tmp_path / "x")
+    auto = {"AutoConfig": "configuration_xverse.XverseConfig", "AutoModelForCausalLM": "modeling_xverse.X"}
+    edit_config(tmp_path / "x", model_type="xverse", architectures=["XverseForCausalLM"], auto_map=auto)
+    ours = checkpoint.load_model(tmp_path / "x")
+    assert ours.config.family == "llama"
+    assert_same_logits(ours, theirs)
+    checkpoint.save_model(ours, tmp_path / "copy")
+    raw = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert (
+        raw["model_type"] == "llama"
+        and raw["architectures"] == ["LlamaForCausalLM"]
+        and "auto_map" not in raw
+    )
+    assert_same_tensors(ours, load_hf(tmp_path / "copy", tf.AutoModelForCausalLM))
+
+
+PUBLISHED = {
+    "llama-2-7b": """{
+  "_name_or_path": "meta-llama/Llama-2-7b-hf", "architectures": ["LlamaForCausalLM"], "bos_token_id": 1,
+  "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+  "intermediate_size": 11008, "max_position_embeddings": 4096, "model_type": "llama", "num_attention_heads": 32,
+  "num_hidden_layers": 32, "num_key_value_heads": 32, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+  "rope_scaling": null, "tie_word_embeddings": false, "torch_dtype": "float16",
+  "transformers_version": "4.31.0.dev0", "use_cache": true, "vocab_size": 32000}""",
+    "llama-2-70b": """{
+  "architectures": ["LlamaForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+  "hidden_size": 8192, "initializer_range": 0.02, "intermediate_size": 28672, "max_position_embeddings": 4096,
+  "model_type": "llama", "num_attention_heads": 64, "num_hidden_layers": 80, "num_key_value_heads": 8,
+  "pad_token_id": 0, "pretraining_tp": 1, "rms_norm_eps": 1e-05, "rope_scaling": null,
+  "tie_word_embeddings": false, "torch_dtype": "float16", "transformers_version": "4.32.0.dev0",
+  "use_cache": true, "vocab_size": 32000}""",
+    "phi-2": """{
+  "_name_or_path": "microsoft/phi-2", "architectures": ["PhiForCausalLM"], "attention_dropout": 0.0,
+  "bos_token_id": 50256, "embd_pdrop": 0.0, "eos_token_id": 50256, "hidden_act": "gelu_new",
+  "hidden_size": 2560, "initializer_range": 0.02, "intermediate_size": 10240, "layer_norm_eps": 1e-05,
+  "max_position_embeddings": 2048, "model_type": "phi", "num_attention_heads": 32, "num_hidden_layers": 32,
+  "num_key_value_heads": 32, "partial_rotary_factor": 0.4, "qk_layernorm": false, "resid_pdrop": 0.1,
+  "rope_scaling": null, "rope_theta": 10000.0, "tie_word_embeddings": false, "torch_dtype": "float16",
+  "transformers_version": "4.37.0", "use_cache": true, "vocab_size": 51200}""",
+    "bloomz-7b1": """{
+  "apply_residual_connection_post_layernorm": false, "architectures": ["BloomForCausalLM"],
+  "attention_dropout": 0.0, "attention_softmax_in_fp32": true, "bias_dropout_fusion": true, "bos_token_id": 1,
+  "eos_token_id": 2, "hidden_dropout": 0.0, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+  "masked_softmax_fusion": true, "model_type": "bloom", "n_embed": 4096, "n_inner": null, "n_layer": 30,
+  "num_attention_heads": 32, "offset_alibi": 100, "pad_token_id": 3, "pretraining_tp": 4, "seq_length": 2048,
+  "skip_bias_add": true, "skip_bias_add_qkv": false, "slow_but_exact": false, "torch_dtype": "float16",
+  "transformers_version": "4.20.0", "unk_token_id": 0, "use_cache": true, "vocab_size": 250880}""",
+    "xverse-13b": """{
+  "architectures": ["XverseForCausalLM"], "auto_map": {"AutoConfig": "configuration_xverse.XverseConfig",
+  "AutoModelForCausalLM": "modeling_xverse.XverseForCausalLM"}, "bos_token_id": 2, "eos_token_id": 3,
+  "hidden_act": "silu", "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 13824,
+  "max_position_embeddings": 8192, "max_tokenizer_truncation": 6144, "model_type": "xverse",
+  "num_attention_heads": 40, "num_hidden_layers": 40, "pad_token_id": 1, "rms_norm_eps": 1e-06,
+  "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.29.2", "use_cache": true,
+  "vocab_size": 100278}""",
+}
+# preset, parameters (the architecture table), the folder's dtype, bos, eos, pad
+EXPECTED = {
+    "llama-2-7b": (6_738_415_616, torch.float16, 1, 2, None),
+    "llama-2-70b": (68_976_648_192, torch.float16, 1, 2, 0),
+    "phi-2": (2_779_683_840, torch.float16, 50256, 50256, None),
+    "bloomz-7b1": (7_069_016_064, torch.float16, 1, 2, 3),
+    "xverse-13b": (13_715_031_040, torch.bfloat16, 2, 3, 1),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_config_reads_into_the_preset_and_its_parameter_count(name, tmp_path):
+    import dataclasses
+
+    count, dtype, bos, eos, pad = EXPECTED[name]
+    config = checkpoint.read_config(write_config(tmp_path, PUBLISHED[name]))
+    tokens = {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
+    assert config == dataclasses.replace(decoder.PRESETS[name], **tokens)
+    assert decoder.num_params(config) == count
+    assert checkpoint.folder_dtype(tmp_path) == dtype
+
+
+# --- refusals: config.json -----------------------------------------------------------------------------------
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
+REFUSED = {
+    "unknown key": ("llama", {"attn_logit_cap": 30.0}, "attn_logit_cap = 30.0"),
+    "two unknown keys": ("llama", {"wobble": 1, "alpha_depth": 2}, "alpha_depth = 2, wobble = 1"),
+    "rope_scaling": ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+    "yarn": ("llama", {"rope_parameters": YARN}, "yarn"),
+    "llama3 rope": ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
+    "rope_parameters with a factor": (
+        "llama",
+        {"rope_parameters": {"rope_theta": 1e4, "factor": 2.0}},
+        "factor",
+    ),
+    "attention_bias": ("llama", {"attention_bias": True}, "attention_bias"),
+    "mlp_bias": ("llama", {"mlp_bias": True}, "mlp_bias"),
+    "another activation": ("llama", {"hidden_act": "relu"}, "hidden_act = 'relu'"),
+    "erf gelu": ("phi", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    "qk_layernorm": ("phi", {"qk_layernorm": True}, "qk_layernorm"),
+    "post-norm residual": ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
+    "untied bloom": ("bloom", {"tie_word_embeddings": False}, "tied"),
+    "sliding window": ("llama", {"sliding_window": 4096}, "sliding_window"),
+    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    "another model": ("llama", {"model_type": "qwen2"}, "'qwen2'"),
+    "odd rotation": ("phi", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "cannot rotate 7"),
+    "many labels": (
+        "llama",
+        {"architectures": ["LlamaForSequenceClassification"], "num_labels": 3},
+        "3 labels",
+    ),
+    "two labels unsaid": ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "2 labels"),
+    "heads that do not divide": ("llama", {"num_key_value_heads": 3}, "multiple of kv heads"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_config_that_changes_the_function_is_refused_with_the_key_named(what, saved):
+    family, changes, words = REFUSED[what]
+    _, folder = saved(family)
+    edit_config(folder, remove=["rope_theta", "partial_rotary_factor"], **changes)
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_model(folder)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size"])
+def test_config_without_a_needed_key_is_refused_with_the_key_named(key, saved):
+    _, folder = saved()
+    edit_config(folder, remove=[key])
+    with pytest.raises(ValueError, match=f'config.json: no "{key}"'):
+        checkpoint.load_model(folder)
+
+
+def test_config_without_a_model_type_is_refused(saved):
+    _, folder = saved()
+    edit_config(folder, remove=["model_type"])
+    with pytest.raises(ValueError, match="model_type is None"):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("text", ["{not json", "", "[1, 2]", '"llama"', "\udcff"])
+def test_config_that_is_no_json_object_is_refused_with_the_file_named(text, saved):
+    _, folder = saved()
+    (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match="config.json: not "):
+        checkpoint.load_model(folder)
+
+
+# --- refusals: weights ---------------------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_wrongly_shaped_tensors_are_listed_in_one_error_before_anything_is_copied(
+    saved,
+):
+    made, folder = saved("phi")
+
+    def spoil(t):
+        del t["model.layers.1.mlp.fc1.bias"], t["lm_head.bias"]
+        t["model.layers.7.mlp.fc1.bias"] = torch.zeros(3)
+        t["model.embed_tokens.weight"] = torch.zeros(98, 64)
+        t["model.final_layernorm.weight"] = torch.zeros(63)
+
+    edit_tensors(folder, spoil)
+    target = own_model(made.config, seed=1)
+    before = {n: p.clone() for n, p in target.named_parameters()}
+    with pytest.raises(ValueError) as error:
+        checkpoint.load_into(target, folder)
+    text = str(error.value)
+    assert "2 missing: lm_head.bias, model.layers.1.mlp.fc1.bias" in text
+    assert "1 unexpected: model.layers.7.mlp.fc1.bias" in text
+    assert "2 of another shape" in text
+    assert "model.embed_tokens.weight [98, 64] instead of [99, 64]" in text
+    assert "model.final_layernorm.weight [63] instead of [64]" in text
+    assert all(torch.equal(p, before[n]) for n, p in target.named_parameters())
+
+
+def test_folder_of_another_width_is_refused(saved):
+    _, folder = saved("llama")
+    with pytest.raises(ValueError, match=r"instead of \[99, 32\]"):
+        checkpoint.load_into(own_model(own_config("llama", hidden_size=32)), folder)
+
+
+def test_folder_of_another_family_is_refused(saved):
+    _, folder = saved("llama")
+    with pytest.raises(ValueError, match="missing.*\n.*unexpected"):
+        checkpoint.load_into(own_model(own_config("bloom")), folder)
+
+
+def test_tied_config_with_a_different_head_is_refused(saved):
+    _, folder = saved("llama", tie_word_embeddings=True)
+    edit_tensors(folder, lambda t: t | {"lm_head.weight": t["model.embed_tokens.weight"] + 1})
+    with pytest.raises(ValueError, match="tied, but lm_head.weight differs from the embedding"):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("old", ["model.layers.0.self_attn.Wqkv.weight", "transformer.h.0.mixer.Wqkv.weight"])
+def test_old_fused_phi_names_are_refused_with_the_remedy(old, saved):
+    _, folder = saved("phi")
+    edit_tensors(folder, lambda t: t | {old: torch.zeros(2)})
+    with pytest.raises(ValueError, match="old fused Phi names.*q_proj, k_proj"):
+        checkpoint.load_model(folder)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+def test_pickled_weights_are_refused_and_never_opened(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
+    _, folder = saved()
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="pickled weights"):
+        checkpoint.load_model(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        checkpoint.load_model(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_folder_without_weights_is_refused(saved):
+    _, folder = saved()
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        checkpoint.load_model(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, 20_000, -1])
+def test_truncated_weights_are_refused_with_the_file_named(keep, saved):
+    _, folder = saved()
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="model.safetensors: not a whole safetensors file"):
+        checkpoint.load_model(folder)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    checkpoint.save_model(own_model(own_config()), tmp_path / "m", shard_bytes=50_000)
+    return tmp_path / "m"
+
+
+def edit_index(folder, change):
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index)
+    path.write_text(json.dumps(index))
+
+
+def test_index_that_names_a_missing_file_is_refused_with_the_file_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink(missing_ok=True)
+    edit_index(sharded, lambda i: i["weight_map"].update({"lm_head.weight": "model-00099.safetensors"}))
+    with pytest.raises(ValueError, match="files that are not here: model-00099.safetensors"):
+        checkpoint.load_model(sharded)
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "{parent}/x.safetensors", "inner/x.safetensors", "..\\x"]
+)
+def test_index_that_points_outside_the_folder_is_refused_even_where_the_tensor_is(name, sharded):
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())
+    (sharded / "inner").mkdir()
+    for place in (sharded.parent, sharded / "inner"):
+        shutil.copy(sharded / index["weight_map"]["lm_head.weight"], place / "x.safetensors")
+    name = name.format(parent=sharded.parent)
+    edit_index(sharded, lambda i: i["weight_map"].update({"lm_head.weight": name}))
+    with pytest.raises(ValueError, match="names files outside of this folder"):
+        checkpoint.load_model(sharded)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", 7, None, ["x"]])
+def test_index_with_a_name_that_is_no_file_is_refused(name, sharded):
+    edit_index(sharded, lambda i: i["weight_map"].update({"lm_head.weight": name}))
+    with pytest.raises(ValueError, match="no valid weight_map|not here"):
+        checkpoint.load_model(sharded)
+
+
+def test_index_that_names_a_tensor_that_its_file_does_not_hold_is_refused(sharded):
+    def swap(index):
+        other = next(f for f in index["weight_map"].values() if f != index["weight_map"]["lm_head.weight"])
+        index["weight_map"]["lm_head.weight"] = other
+
+    edit_index(sharded, swap)
+    with pytest.raises(ValueError, match="lm_head.weight"):
+        checkpoint.load_model(sharded)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}, []])
+def test_index_without_a_weight_map_is_refused(index, sharded):
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError):
+        checkpoint.load_model(sharded)
+
+
+# --- which folder is meant -----------------------------------------------------------------------------------
+
+
+def test_folder_of_a_run_means_its_latest_step(saved, tmp_path):
+    made, folder = saved()
+    run = tmp_path / "run"
+    run.mkdir()
+    folder.rename(run / "step_0000005")
+    (run / "latest").write_text("step_0000005\n")
+    assert checkpoint.model_folder(run) == run / "step_0000005"
+    assert checkpoint.model_folder(str(run / "step_0000005")) == run / "step_0000005"
+    pairs = zip(made.parameters(), checkpoint.load_model(run).parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_folder_that_is_neither_a_model_nor_a_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither a model folder .* nor a run"):
+        checkpoint.load_model(tmp_path)
+    with pytest.raises(ValueError, match="nowhere: no such folder"):
+        checkpoint.load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="config.json: no such file"):
+        checkpoint.read_config(tmp_path)
+
+
+# --- training state ------------------------------------------------------------------------------------------
+
+
+def test_rows_are_those_of_torch_chunk():
+    for n in range(1, 21):
+        for world in range(1, 7):
+            parts = torch.arange(n).chunk(world)  # may be fewer than `world`
+            for rank in range(world):
+                a, b = checkpoint.rows(n, rank, world)
+                expected = parts[rank].tolist() if rank < len(parts) else []
+                assert list(range(a, b)) == expected, (n, rank, world)
+
+
+def train_step(model, optimizer):
+    rows = torch.randint(model.config.vocab_size, (2, 13))  # from the global RNG, as dropout is
+    if model.config.head == "score":
+        loss = (model(rows) - 1).square().mean()
+    else:
+        loss = model(rows[:, :-1], rows[:, 1:].contiguous()).mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+def fresh(seed, **changes):
+    """A small model with dropout and its optimizer, which has no state yet."""
+    changes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 88, "dropout": 0.1} | changes
+    made = decoder.build(own_config(**changes))
+    decoder.init_weights(made, seed)
+    return made.train(), torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def trained(seed=0, steps=3, **changes):
+    torch.manual_seed(seed)
+    made, optimizer = fresh(seed, **changes)
+    for _ in range(steps):
+        train_step(made, optimizer)
+    return made, optimizer
+
+
+def everything(model, optimizer):
+    """All that a resumed run needs, as one dict of tensors; torch's own state dicts, not our code."""
+    out = {f"parameter/{n}": p.detach().clone() for n, p in model.named_parameters()}
+    names = [n for n, _ in model.named_parameters()]
+    for i, state in optimizer.state_dict()["state"].items():
+        out |= {f"{key}/{names[i]}": value.clone() for key, value in state.items()}
+    return out
+
+
+def assert_equal_dicts(a, b):
+    assert set(a) == set(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"head": "score"}], ids=str)
+def test_resumed_training_continues_bit_for_bit(changes, tmp_path):
+    made, optimizer = trained(**changes)
+    extra = {"position": [3, 17], "名": "训练", "lr": 1e-2}
+    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, extra, ONE)
+    before, rng = everything(made, optimizer), torch.get_rng_state()
+    losses = [train_step(made, optimizer) for _ in range(3)]
+    after = everything(made, optimizer)
+
+    other, its_optimizer = fresh(seed=9, **changes)
+    torch.manual_seed(12345)
+    assert checkpoint.newest_step(tmp_path, ONE) == folder
+    assert checkpoint.load_step(folder, other, its_optimizer, ONE) == extra
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert_equal_dicts(everything(other, its_optimizer), before)
+    assert any(k.startswith("step/") for k in before) and any(k.startswith("exp_avg_sq/") for k in before)
+    assert [train_step(other, its_optimizer) for _ in range(3)] == losses
+    assert_equal_dicts(everything(other, its_optimizer), after)
+
+
+def test_loaded_state_saves_again_to_the_same_bytes(tmp_path):
+    made, optimizer = trained()
+    first = checkpoint.save_step(tmp_path / "a", 3, made, optimizer, {"k": 1}, ONE)
+    other, its_optimizer = fresh(seed=9)
+    extra = checkpoint.load_step(first, other, its_optimizer, ONE)
+    second = checkpoint.save_step(tmp_path / "b", 3, other, its_optimizer, extra, ONE)
+    assert {"model.safetensors", RANK, MANIFEST} <= set(tree(first))
+    assert tree(first) == tree(second)
+
+
+def test_saved_step_is_a_model_folder_in_the_dtype_asked_and_the_state_stays_fp32(tmp_path):
+    import transformers as tf
+
+    made, optimizer = trained()
+    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, {}, ONE, dtype=torch.bfloat16)
+    assert (tmp_path / "latest").read_text().strip() == folder.name == "step_0000003"
+    theirs = load_hf(folder, tf.AutoModelForCausalLM)
+    assert_same_tensors(checkpoint.load_model(tmp_path), theirs)
+    state = load_file(folder / "state" / "rank-00000.safetensors")
+    assert all(t.dtype == torch.float32 for n, t in state.items() if not n.startswith("rng/"))
+    assert torch.equal(state["parameter/embed_tokens.weight"], made.embed_tokens.weight)
+
+
+def test_manifest_holds_the_digest_and_size_of_every_other_file_of_the_step(tmp_path):
+    folder = checkpoint.save_step(tmp_path, 3, *trained(), {"tokens": 78}, ONE)
+    manifest = checkpoint.read_manifest(folder)
+    files = tree(folder)
+    del files[MANIFEST]
+    assert {"model.safetensors", "config.json", RANK} <= set(files)
+    assert manifest["files"] == {
+        n: {"bytes": (folder / n).stat().st_size, "sha256": d} for n, d in files.items()
+    }
+    assert (manifest["step"], manifest["world"], manifest["extra"]) == (3, 1, {"tokens": 78})
+    assert manifest["shapes"]["parameter/embed_tokens.weight"] == [101, 32]
+    assert checkpoint.damage(folder) is None
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "run"
+    made, optimizer = trained()
+    checkpoint.save_step(run, 1, made, optimizer, {"at": 1}, ONE)
+    train_step(made, optimizer)
+    checkpoint.save_step(run, 2, made, optimizer, {"at": 2}, ONE)
+    return run
+
+
+@pytest.fixture
+def run(two_steps, tmp_path):
+    """A copy of a run with the whole steps 1 and 2."""
+    return shutil.copytree(two_steps, tmp_path / "run")
+
+
+def flip(path, at=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path):
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+DAMAGES = {
+    "a flipped bit in the middle of the rank file": (RANK, flip),
+    "a flipped bit in the header of the rank file": (RANK, lambda p: flip(p, 0.001)),
+    "a flipped bit in the last byte of the rank file": (RANK, lambda p: flip(p, 0.9999999)),
+    "a truncated rank file": (RANK, cut),
+    "an empty rank file": (RANK, lambda p: p.write_bytes(b"")),
+    "a zeroed rank file": (RANK, zero),
+    "a missing rank file": (RANK, Path.unlink),
+    "a longer rank file": (RANK, lambda p: p.write_bytes(p.read_bytes() + b"\0")),
+    "a truncated manifest": (MANIFEST, cut),
+    "an empty manifest": (MANIFEST, lambda p: p.write_bytes(b"")),
+    "a zeroed manifest": (MANIFEST, zero),
+    "a missing manifest": (MANIFEST, Path.unlink),
+    "a manifest that is a list": (MANIFEST, lambda p: p.write_text("[]")),
+    "a manifest of odd types": (MANIFEST, lambda p: p.write_text('{"files": [1]}')),
+    "a manifest of another data position": (MANIFEST, lambda p: p.write_text(p.read_text().replace('"at": 2', '"at": 3'))),
+    "a flipped bit in the weights": ("model.safetensors", flip),
+    "missing weights": ("model.safetensors", Path.unlink),
+    "a flipped bit in config.json": ("config.json", flip),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_damaged_step_is_named_and_the_next_older_one_is_taken(what, run, capsys):
+    name, spoil = DAMAGES[what]
+    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
+    assert capsys.readouterr().err == ""
+    spoil(run / "step_0000002" / name)
+    assert checkpoint.newest_step(run, ONE) == run / "step_0000001"
+    err = capsys.readouterr().err
+    assert str(run / "step_0000002" / name) in err and "damaged step" in err
+    assert checkpoint.load_step(run / "step_0000001", *fresh(9), ONE) == {"at": 1}
+
+
+def test_every_flipped_bit_of_a_manifest_is_noticed(run):
+    path = run / "step_0000002" / MANIFEST
+    data, value = path.read_bytes(), json.loads(path.read_bytes())
+    for at in range(0, len(data), 11):
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
+        if checkpoint.damage(path.parent.parent) is None:
+            assert json.loads(path.read_bytes()) == value  # 1e-05 and 1E-05 are one number
+
+
+def test_truncated_file_is_reported_with_both_sizes(run):
+    path = run / "step_0000002" / RANK
+    size = path.stat().st_size
+    cut(path)
+    assert checkpoint.damage(run / "step_0000002") == f"{path}: {size // 2} bytes instead of {size}"
+
+
+def test_a_run_of_damaged_steps_only_is_refused_with_all_of_them_listed(run, capsys):
+    flip(run / "step_0000001" / RANK)
+    (run / "step_0000002" / "model.safetensors").unlink()
+    with pytest.raises(ValueError) as error:
+        checkpoint.newest_step(run, ONE)
+    for text in (str(error.value), capsys.readouterr().err):
+        assert f"{run / 'step_0000001' / RANK}: damaged" in text
+        assert f"{run / 'step_0000002' / 'model.safetensors'}: missing" in text
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_run_without_steps_is_refused(exists, tmp_path):
+    if exists:
+        (tmp_path / "run" / "step_0000001.tmp").mkdir(parents=True)
+    with pytest.raises(ValueError, match="no saved step to resume from"):
+        checkpoint.newest_step(tmp_path / "run", ONE)
+
+
+def test_half_written_step_is_ignored_and_removed_by_prune(run):
+    shutil.copytree(run / "step_0000002", run / "step_0000003.tmp")
+    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
+    assert [p.name for p in checkpoint.saved_steps(run)] == ["step_0000001", "step_0000002"]
+    checkpoint.prune(run, keep=5)
+    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
+
+
+@pytest.mark.parametrize("keep, left", [(0, [2, 3, 10, 10000000]), (1, [10000000]), (2, [10, 10000000]), (9, [2, 3, 10, 10000000])])  # fmt: skip
+def test_prune_keeps_the_newest_steps_by_number_and_everything_that_is_no_step(keep, left, tmp_path):
+    for name in ("step_0000002", "step_0000010", "step_0000003", "step_10000000", "step_x", "notes"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    (tmp_path / "step_0000001").write_text("a file")
+    checkpoint.prune(tmp_path, keep)
+    others = ["notes", "step_0000001", "step_x"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others + [f"step_{n:07d}" for n in left])
+
+
+def test_newest_step_is_the_one_of_the_highest_number(run):
+    (run / "step_0000002").rename(run / "step_12345678")  # an eighth digit sorts wrongly as text
+    shutil.copytree(run / "step_0000001", run / "step_9999999")
+    assert checkpoint.newest_step(run, ONE) == run / "step_12345678"
+
+
+def test_leftover_of_a_killed_save_of_the_same_step_does_no_harm(tmp_path):
+    made, optimizer = trained()
+    rubbish = tmp_path / "step_0000003.tmp" / "state"
+    rubbish.mkdir(parents=True)
+    (rubbish / "rank-00007.safetensors").write_bytes(b"old")
+    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, {}, ONE)
+    assert sorted(p.name for p in (folder / "state").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
+    assert checkpoint.damage(folder) is None and not rubbish.exists()
+
+
+def test_saving_a_step_again_replaces_it(run):
+    made, optimizer = trained(seed=4)
+    checkpoint.save_step(run, 2, made, optimizer, {"at": "again"}, ONE)
+    other, its_optimizer = fresh(9)
+    assert checkpoint.load_step(checkpoint.newest_step(run, ONE), other, its_optimizer, ONE) == {
+        "at": "again"
+    }
+    assert_equal_dicts(everything(other, its_optimizer), everything(made, optimizer))
+    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
+
+
+@pytest.mark.parametrize("changes, words", [({"hidden_size": 64}, "embed_tokens.weight"), ({"num_hidden_layers": 3}, "layers.2.mlp.up_proj.weight"), ({"num_hidden_layers": 1}, "layers.1.mlp.up_proj.weight"), ({"head": "score"}, "score.weight")])  # fmt: skip
+def test_state_of_another_model_is_refused_and_changes_nothing(changes, words, run):
+    other, optimizer = fresh(9, **changes)
+    before = everything(other, optimizer)
+    with pytest.raises(ValueError, match="the saved state is of another model") as error:
+        checkpoint.load_step(run / "step_0000002", other, optimizer, ONE)
+    assert words in str(error.value)
+    assert_equal_dicts(everything(other, optimizer), before)
+
+
+@contextlib.contextmanager
+def disk_full_after(size):
+    """Let every write beyond `size` bytes of a file fail, as a full disk does (EFBIG for ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("size, extra", [(1000, ""), (40_000, ""), (1_000_000, "x" * 2_000_000)])
+def test_full_disk_is_a_clear_error_and_leaves_the_earlier_steps_as_they_were(step, size, extra, run):
+    made, optimizer = trained(seed=4)
+    before = tree(run)
+    with (
+        disk_full_after(size),
+        pytest.raises(ValueError, match="could not be written; the earlier steps are intact"),
+    ):
+        checkpoint.save_step(run, step, made, optimizer, {"long": extra}, ONE)
+    assert tree(run) == before
+    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
+    folder = checkpoint.save_step(run, step, made, optimizer, {}, ONE)  # and the next attempt works
+    assert checkpoint.damage(folder) is None
+
+
+def test_file_in_the_place_of_the_run_is_a_clear_error(run):
+    (run / "step_0000003.tmp").write_text("in the way")
+    with pytest.raises(ValueError, match="could not be written; the earlier steps are intact"):
+        checkpoint.save_step(run, 3, *trained(), {}, ONE)
+    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
+
+
+def test_save_model_on_a_full_disk_leaves_no_folder(tmp_path):
+    made = own_model(own_config())
+    with disk_full_after(5000), pytest.raises(Exception, match="."):
+        checkpoint.save_model(made, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- two processes -------------------------------------------------------------------------------------------
+
+
+def launch(function, *args, world=2):
+    """Run a function of this file in `world` processes of one gloo group; every one must end with status 0."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    code = f"import sys, test_checkpoint; test_checkpoint.{function}(*sys.argv[1:])"
+    common_env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common_env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)],
+            env={**os.environ, **common_env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [w.communicate(timeout=90)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0] * world, "\n".join(outputs)
+    return outputs
+
+
+def dump(path, model, optimizer):
+    save_file({n: t.contiguous() for n, t in everything(model, optimizer).items()}, path)
+
+
+def refused(run, step, extra, limit, made, process):
+    """Say what save_step raises on this rank, with writes beyond `limit` bytes failing (None: no limit)."""
+    with disk_full_after(limit) if limit else contextlib.nullcontext():
+        try:
+            checkpoint.save_step(run, step, *made, extra, process)
+        except ValueError as error:
+            return str(error)
+    return "saved"
+
+
+def pair(folder):
+    """Run in each of two processes; what is found is written down for the test to judge."""
+    folder = Path(folder)
+    process = common.start_process("cpu")
+    rank, out = process.rank, {}
+
+    # a state saved by one process
+    made = fresh(seed=9, head="score")
+    out["extra"] = checkpoint.load_step(checkpoint.newest_step(folder / "one", process), *made, process)
+    dump(folder / f"loaded-{rank}", *made)
+
+    # saved by two, restored by two, under DDP: each rank gets its own RNG back
+    made = torch.nn.parallel.DistributedDataParallel(made[0]), made[1]
+    torch.manual_seed(100 + rank)
+    run = folder / "two"
+    checkpoint.save_step(run, 4, *made, {"by": 2}, process)
+    out["drawn"] = torch.rand(3).tolist()
+    torch.manual_seed(7)
+    again, optimizer = fresh(seed=8, head="score")
+    wrapped = torch.nn.parallel.DistributedDataParallel(again)
+    checkpoint.load_step(checkpoint.newest_step(run, process), wrapped, optimizer, process)
+    out["drawn again"] = torch.rand(3).tolist()
+    dump(folder / f"again-{rank}", again, optimizer)
+
+    # a damaged newest step: both ranks take the same older one
+    checkpoint.save_step(run, 5, *made, {}, process)
+    if rank == 0:
+        flip(run / "step_0000005" / "state" / "rank-00001.safetensors")
+    dist.barrier()
+    out["newest"] = checkpoint.newest_step(run, process).name
+    dist.barrier()
+    if rank == 0:
+        shutil.rmtree(run / "step_0000005")
+        (run / "step_0000008.tmp").write_text("in the way")
+    dist.barrier()
+
+    # failures of one rank, and of what only rank 0 writes
+    out["rank 1 has no space"] = refused(run, 6, {}, 1000 if rank == 1 else None, made, process)
+    out["no space for the manifest"] = refused(run, 7, {"x": "x" * 1_000_000}, 500_000, made, process)
+    out["folder cannot be made"] = refused(run, 8, {}, None, made, process)
+    out["steps"] = sorted(p.name for p in run.iterdir() if p.is_dir())
+    (folder / f"out-{rank}.json").write_text(json.dumps(out))
+    common.finish_process()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """Give (folder written by `pair`, the full state, what each rank said); vocabulary 101, a head of one row."""
+    folder = tmp_path_factory.mktemp("ranks")
+    made = trained(head="score")
+    checkpoint.save_step(folder / "one", 3, *made, {"by": 1}, ONE)
+    outputs = launch("pair", folder)
+    said = [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(2)]
+    return folder, everything(*made), said, outputs
+
+
+def test_state_saved_by_one_process_loads_in_two(two_ranks):
+    folder, full, said, outputs = two_ranks
+    assert [s["extra"] for s in said] == [{"by": 1}] * 2
+    for rank in range(2):
+        assert_equal_dicts(load_file(folder / f"loaded-{rank}"), full)
+    assert "saved by 1 processes, resumed by 2" in outputs[0]
+
+
+def test_each_rank_file_holds_exactly_its_rows(two_ranks):
+    folder, full, _, _ = two_ranks
+    sizes = set()
+    for rank in range(2):
+        with safe_open(folder / f"two/step_0000004/state/rank-{rank:05d}.safetensors", "pt") as file:
+            assert set(file.keys()) == set(full) | {"rng/cpu"}
+            for name, tensor in full.items():
+                part = file.get_tensor(name)
+                if tensor.dim():
+                    a, b = checkpoint.rows(len(tensor), rank, 2)
+                    sizes.add((len(tensor), b - a))
+                    tensor = tensor[a:b]
+                assert torch.equal(part, tensor), name
+    assert {(101, 51), (101, 50), (1, 1), (1, 0)} <= sizes  # uneven and empty parts were among them
+
+
+def test_state_saved_by_two_processes_loads_in_one(two_ranks, capsys):
+    folder, full, _, _ = two_ranks
+    made = fresh(seed=5, head="score")
+    step = checkpoint.newest_step(folder / "two", ONE)
+    assert step.name == "step_0000004"
+    assert checkpoint.load_step(step, *made, ONE) == {"by": 2}
+    assert_equal_dicts(everything(*made), full)
+    assert "saved by 2 processes, resumed by 1" in capsys.readouterr().out
+
+
+def test_state_saved_by_two_processes_loads_in_two_with_each_ranks_own_random_numbers(two_ranks):
+    folder, full, said, _ = two_ranks
+    for rank in range(2):
+        assert_equal_dicts(load_file(folder / f"again-{rank}"), full)
+        assert said[rank]["drawn"] == said[rank]["drawn again"]
+    assert said[0]["drawn"] != said[1]["drawn"]
+
+
+def test_all_ranks_pass_over_the_same_damaged_step(two_ranks):
+    _, _, said, outputs = two_ranks
+    assert [s["newest"] for s in said] == ["step_0000004"] * 2
+    assert "step_0000005/state/rank-00001.safetensors: damaged" in outputs[0]
+
+
+@pytest.mark.parametrize(
+    "what", ["rank 1 has no space", "no space for the manifest", "folder cannot be made"]
+)
+def test_a_rank_that_cannot_write_makes_all_ranks_raise(what, two_ranks):
+    _, _, said, _ = two_ranks
+    assert said[0][what] == said[1][what]
+    assert "could not be written; the earlier steps are intact" in said[0][what]
+    assert ("rank 1: " if what == "rank 1 has no space" else "rank 0: ") in said[0][what]
+    assert said[0]["steps"] == ["step_0000004"]
+
+
+def test_whole_step_written_by_two_processes_is_a_model_folder_for_transformers(two_ranks):
+    import transformers as tf
+
+    folder, full, _, _ = two_ranks
+    step = folder / "two" / "step_0000004"
+    assert checkpoint.damage(step) is None
+    theirs = load_hf(step, tf.AutoModelForSequenceClassification)
+    assert torch.equal(theirs.score.weight, full["parameter/score.weight"])

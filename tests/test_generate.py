@@ -1,0 +1,618 @@
+"""Generation is transformers' greedy search token for token; sampling is the softmax; batches change nothing."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run_script, tiny_hf
+
+import checkpoint
+import generate as gen
+import tokenizer as tok
+from generate import Sampling, generate
+from model import ModelConfig, build, init_weights
+
+FAMILIES = ("llama-tied", "phi", "bloom")  # grouped heads and a tied head; biases; 6 heads and ALiBi
+SENTENCE = "我爱😀和🀄，还有👨‍👩‍👧，以及𠮷！"  # what the small trained model knows by heart
+CONTEXT = 128  # of tiny_hf's models
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# --- helpers -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    """Train a tokenizer that knows Han and Latin letters but no emoji: those are spelt in bytes."""
+    root = tmp_path_factory.mktemp("tok")
+    rows = ["我爱白纸，还有和以及！你好世界", "the quick brown fox jumps over the lazy dog", "0123456789"]
+    (root / "a.txt").write_text("\n\n".join(rows * 20), "utf-8")
+    tok.train(tok.Train([str(root / "a.txt")], str(root / "tok"), vocab_size=345))
+    return tok.load_tokenizer(root / "tok")
+
+
+@pytest.fixture(scope="module")
+def made(tokenizer, tmp_path_factory):
+    """Give family -> (transformers model, our folder with the tokenizer), each made once."""
+    done = {}
+
+    def get(family):
+        if family not in done:
+            root = tmp_path_factory.mktemp(family)
+            hf = tiny_hf(family, vocab_size=tokenizer.vocab_size)
+            hf.save_pretrained(root / "hf")
+            checkpoint.save_model(checkpoint.load_model(root / "hf"), root / "ours", tokenizer)
+            done[family] = hf, root / "ours"
+        return done[family]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def scholar(tokenizer, tmp_path_factory):
+    """Train a tiny model until it says SENTENCE and </s>, whatever comes; return its folder."""
+    torch.set_num_threads(1)
+    config = ModelConfig("llama", 384, 64, 2, 4, 128, 64, 2, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    model = build(config)
+    init_weights(model, seed=1)
+    row = torch.tensor([tokenizer.encode_document(SENTENCE)])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        loss = model(row[:, :-1], row[:, 1:]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    folder = tmp_path_factory.mktemp("scholar") / "model"
+    checkpoint.save_model(model, folder, tokenizer)
+    return folder
+
+
+def loaded(folder):
+    return gen.load(folder, torch.float32)
+
+
+def prompts_of(tokenizer):
+    """Four prompts of unequal length, one of them a single token."""
+    texts = ["", "我爱", "the quick brown fox", "你好世界，the lazy dog 0123"]
+    return [tokenizer.encode_prompt(t) for t in texts]
+
+
+def greedy(n, **more):
+    return Sampling(max_new_tokens=n, temperature=0, **more)
+
+
+@torch.no_grad()
+def hf_greedy(hf, prompt, n):
+    """Continue one prompt by transformers' greedy search; the EOS that ends it is cut off."""
+    out = hf.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=n, pad_token_id=0)
+    new = out[0, len(prompt) :].tolist()
+    return new[:-1] if new and new[-1] == hf.config.eos_token_id else new
+
+
+# --- 1. greedy is transformers' ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_transformers_greedy_alone_and_in_a_ragged_batch(family, made):
+    hf, folder = made(family)
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    want = [hf_greedy(hf, p, 24) for p in prompts]
+    assert len(set(map(tuple, want))) == 4 and max(len(set(w)) for w in want) >= 4, "the outputs vary"
+    assert [generate(model, [p], greedy(24))[0] for p in prompts] == want
+    assert generate(model, prompts, greedy(24)) == want
+    assert generate(model, prompts[::-1], greedy(24)) == want[::-1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fusing_changes_no_logits_and_leaves_no_single_projections(family, made):
+    _, folder = made(family)
+    plain = checkpoint.load_model(folder, torch.float32)
+    fused, tokenizer = loaded(folder)
+    for prompt in prompts_of(tokenizer):
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            want = plain(ids)
+            torch.testing.assert_close(fused(ids), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
+    names = {n.split(".")[-2] for n, _ in fused.named_parameters()}
+    assert not names & {"q_proj", "k_proj", "v_proj", "gate_proj"}
+    assert names & {"qkv_proj", "query_key_value"}
+    assert not any(p.requires_grad for p in fused.parameters()) and not fused.training
+    assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fused_model_is_never_saved_under_fused_names(family, made, tmp_path):
+    hf, folder = made(family)
+    model, tokenizer = loaded(folder)
+    try:
+        checkpoint.save_model(model, tmp_path / "saved", tokenizer)
+    except (ValueError, AssertionError):
+        assert not (tmp_path / "saved").exists()
+        return
+    names = set(checkpoint.tensor_files(tmp_path / "saved"))
+    assert names <= set(hf.state_dict())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_is_the_cross_entropy_of_the_plain_model_and_of_transformers(family, made):
+    hf, folder = made(family)
+    plain = checkpoint.load_model(folder, torch.float32)
+    fused, tokenizer = loaded(folder)
+    ids = tokenizer.encode_document("你好世界，the quick 😀")
+    row = torch.tensor([ids])
+    with torch.no_grad():
+        want = F.cross_entropy(hf(row).logits[0, :-1], row[0, 1:], reduction="none")
+        nll = plain(row[:, :-1], row[:, 1:])[0]
+    for model in (plain, fused):
+        have = gen.score(model, ids)
+        assert have.dtype == torch.float32 and have.shape == (len(ids) - 1,)
+        torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(have, nll, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_greedy_runs_and_its_first_token_is_fp32s_or_nearly_as_likely(family, made):
+    _, folder = made(family)
+    model, tokenizer = gen.load(folder, torch.bfloat16)
+    exact, _ = loaded(folder)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    prompts = prompts_of(tokenizer)
+    out = generate(model, prompts, greedy(12, ignore_eos=True))
+    assert [len(o) for o in out] == [12] * 4
+    for prompt, new in zip(prompts, out):
+        with torch.no_grad():
+            logits = exact(torch.tensor([prompt]))[0, -1]
+        assert logits[new[0]] > logits.max() - 0.1 * logits.std() * 4
+
+
+# --- 2. sampling ---------------------------------------------------------------------------------------------
+
+
+def p_value(counts, probs):
+    """Pearson's chi-square test: the probability of counts as far from probs as these, or farther."""
+    expected = probs.double() * counts.sum()
+    assert (counts[expected == 0] == 0).all()
+    kept = expected > 0
+    x = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    return float(torch.special.gammaincc((kept.sum() - 1).double() / 2, x / 2))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_ten_thousand_draws_follow_the_softmax(temperature):
+    logits = torch.randn(12, generator=torch.Generator().manual_seed(3)) * 1.5
+    sampling, generator = Sampling(temperature=temperature), torch.Generator().manual_seed(0)
+    draws = torch.tensor([gen.sample(logits, sampling, generator) for _ in range(10_000)])
+    counts = torch.bincount(draws, minlength=12).double()
+    assert p_value(counts, (logits / temperature).softmax(-1)) > 1e-3
+    assert p_value(counts, (logits / (temperature * 1.2)).softmax(-1)) < 1e-3, "the test can tell"
+
+
+def test_top_k_and_top_p_keep_the_tokens_that_transformers_keeps():
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    rng = torch.Generator().manual_seed(1)
+    for n in range(60):
+        logits = torch.randn(200, generator=rng) * (0.5 + n % 7)
+        t, k, p = (0.7, 1.0, 1.5)[n % 3], (0, 1, 5, 50, 200, 1000)[n % 6], (1.0, 0.9, 0.5, 0.05)[n % 4]
+        want = (logits / t)[None]
+        want = TopKLogitsWarper(k)(None, want) if k else want
+        want = TopPLogitsWarper(p)(None, want) if p < 1 else want
+        have = gen.logits_to_probs(logits, Sampling(temperature=t, top_k=k, top_p=p))
+        assert torch.equal(have > 0, want[0].softmax(-1) > 0), (t, k, p)
+        torch.testing.assert_close(have, want[0].softmax(-1))
+
+
+def test_top_p_keeps_at_least_the_likeliest_token_and_no_filter_changes_the_logits():
+    logits = torch.tensor([1.0, 4.0, 3.0, 2.0])
+    before = logits.clone()
+    assert gen.logits_to_probs(logits, Sampling(top_p=1e-9)).tolist() == [0, 1, 0, 0]
+    assert gen.logits_to_probs(logits, Sampling(top_k=2)).nonzero().flatten().tolist() == [1, 2]
+    assert torch.equal(logits, before)
+
+
+def test_filtered_draws_follow_the_filtered_softmax():
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(4))
+    sampling, generator = Sampling(top_k=12, top_p=0.8), torch.Generator().manual_seed(0)
+    draws = torch.tensor([gen.sample(logits, sampling, generator) for _ in range(10_000)])
+    probs = gen.logits_to_probs(logits, sampling)
+    assert 2 < (probs > 0).sum() < 12
+    assert p_value(torch.bincount(draws, minlength=30).double(), probs) > 1e-3
+
+
+def test_a_generated_first_token_follows_the_models_softmax(made):
+    _, folder = made("phi")
+    model, _ = loaded(folder)
+    with torch.no_grad():
+        probs = model(torch.tensor([[1, 300]]))[0, -1].softmax(-1)
+    order = probs.argsort(descending=True)
+    draws = generate(
+        model,
+        [[1, 300]] * 2000,
+        [Sampling(max_new_tokens=1, seed=s, ignore_eos=True) for s in range(2000)],
+    )
+    rank = {int(t): min(r, 9) for r, t in enumerate(order)}  # the nine likeliest tokens, and all others together
+    counts = torch.bincount(torch.tensor([rank[d[0]] for d in draws]), minlength=10).double()
+    assert p_value(counts, torch.cat([probs[order[:9]], probs[order[9:]].sum()[None]])) > 1e-3
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_rows_text_does_not_depend_on_the_batch_it_is_in(family, temperature, made):
+    _, folder = made(family)
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    samplings = [
+        Sampling(max_new_tokens=n, temperature=temperature, seed=s, top_k=40)
+        for n, s in ((20, 5), (3, 6), (20, 7), (11, 5))
+    ]
+    alone = [generate(model, [p], s)[0] for p, s in zip(prompts, samplings)]
+    assert generate(model, prompts, samplings) == alone
+    assert generate(model, prompts[2:] + prompts[:1], samplings[2:] + samplings[:1]) == alone[2:] + alone[:1]
+
+
+def test_every_prompt_can_have_its_own_sampling(made):
+    _, folder = made("llama-tied")
+    model, tokenizer = loaded(folder)
+    prompt = tokenizer.encode_prompt("你好")
+    samplings = [
+        greedy(9, ignore_eos=True),
+        Sampling(max_new_tokens=4, temperature=3.0, seed=1, ignore_eos=True),
+        Sampling(max_new_tokens=9, temperature=3.0, seed=2, ignore_eos=True),
+        Sampling(max_new_tokens=9, temperature=3.0, seed=2, ignore_eos=True),
+        Sampling(max_new_tokens=9, temperature=3.0, seed=2, top_k=1, ignore_eos=True),
+    ]
+    out = generate(model, [prompt] * 5, samplings)
+    assert [len(o) for o in out] == [9, 4, 9, 9, 9]
+    assert out[4] == out[0], "the likeliest of one"
+    assert out[2] == out[3] and out[1] != out[2][:4], "the same seed the same text, another seed another"
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": float("nan")},
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_refused_by_the_name_of_its_flag(bad):
+    with pytest.raises(ValueError, match=f"--{next(iter(bad))} "):
+        Sampling(**bad)
+
+
+# --- 3. where a text ends --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eos_ends_a_row_and_is_not_returned_unless_ignored(family, made):
+    _, folder = made(family)
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    free = generate(model, prompts, greedy(16, ignore_eos=True))
+    assert [len(row) for row in free] == [16] * 4
+    eos = next(t for t in free[2] if free[2].index(t) >= 2)  # a token that the model says in the middle
+    model.config.eos_token_id = eos
+    want = [row[: row.index(eos)] if eos in row else row for row in free]
+    assert len(want[2]) >= 2 and len({len(w) for w in want}) > 1
+    assert generate(model, prompts, greedy(16)) == want
+    assert generate(model, prompts, greedy(16, ignore_eos=True)) == free
+    mixed = [greedy(16, ignore_eos=i == 2) for i in range(4)]
+    assert generate(model, prompts, mixed) == [w if i != 2 else free[2] for i, w in enumerate(want)]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_no_row_gets_more_than_max_new_tokens(n, made):
+    _, folder = made("phi")
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    assert [len(r) for r in generate(model, prompts, greedy(n, ignore_eos=True))] == [n] * 4
+    steps = list(gen.decode(model, prompts, greedy(n, ignore_eos=True)))
+    assert len(steps) == n and all(len(step) == 4 for step in steps)
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "phi"])
+def test_a_prompt_beyond_a_rope_context_is_refused(family, made):
+    _, folder = made(family)
+    model, _ = loaded(folder)
+    for prompts in ([[5] * (CONTEXT + 1)], [[5], [5] * (CONTEXT + 1)]):
+        with pytest.raises(ValueError, match=f"{CONTEXT + 1} tokens exceed the model's context of {CONTEXT}"):
+            generate(model, prompts, greedy(1))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "phi"])
+def test_a_rope_model_stops_where_its_context_ends_while_other_rows_go_on(family, made):
+    hf, folder = made(family)
+    model, _ = loaded(folder)
+    rng = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(4, 300, (n,), generator=rng).tolist() for n in (CONTEXT - 5, 3, CONTEXT, 60)]
+    sampling = greedy(40, ignore_eos=True)
+    out = generate(model, prompts, sampling)
+    assert [len(row) for row in out] == [5, 40, 0, 40]
+    assert [generate(model, [p], sampling)[0] for p in prompts] == out
+    hf.generation_config.eos_token_id = None
+    for prompt, row in zip(prompts, out):
+        if row:
+            ids = torch.tensor([prompt])
+            want = hf.generate(ids, do_sample=False, max_new_tokens=len(row), pad_token_id=0)
+            assert want[0, len(prompt) :].tolist() == row
+    hf.generation_config.eos_token_id = 2
+
+
+@pytest.mark.filterwarnings("ignore:.*exceed the model's context")
+def test_bloom_goes_on_beyond_its_context_and_warns(made, tmp_path):
+    hf, folder = made("bloom")
+    model, _ = loaded(folder)
+    model.config.max_position_embeddings = 16
+    prompt = torch.randint(4, 300, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    with pytest.warns(UserWarning, match="exceed the model's context of 16"):
+        out = generate(model, [prompt], greedy(8))
+    assert out == [hf_greedy(hf, prompt, 8)]
+
+
+def test_an_empty_prompt_is_refused(made):
+    _, folder = made("phi")
+    model, _ = loaded(folder)
+    with pytest.raises(ValueError, match="a prompt is empty"):
+        generate(model, [[5], []], greedy(1))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_rows_of_the_table_beyond_the_tokenizer_are_never_sampled(temperature, tokenizer, tmp_path):
+    known = tokenizer.vocab_size
+    hf = tiny_hf("phi", vocab_size=384)
+    assert known < 384
+    with torch.no_grad():
+        hf.lm_head.bias[known:] = 1000  # the likeliest by far
+    hf.save_pretrained(tmp_path / "hf")
+    checkpoint.save_model(checkpoint.load_model(tmp_path / "hf"), tmp_path / "ours", tokenizer)
+    model, _ = loaded(tmp_path / "ours")
+    sampling = Sampling(max_new_tokens=20, temperature=temperature, ignore_eos=True)
+    prompts = [[1], [1, 300, 301]]
+    assert all(i < known for row in generate(model, prompts, sampling) for i in row)
+    model.known_vocab = 384
+    assert all(i >= known for row in generate(model, prompts, sampling) for i in row), "the test can tell"
+
+
+# --- 4. streaming ----------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_says_its_sentence_and_stops_and_its_stream_breaks_no_character(scholar):
+    model, tokenizer = loaded(scholar)
+    assert all(tokenizer.token_kind(i) == "byte" for i in tokenizer.encode("😀🀄👩𠮷"))
+    for known in ("", "我爱", "我爱😀和"):
+        prompt = tokenizer.encode_prompt(known)
+        new = generate(model, [prompt], greedy(100))[0]
+        assert tokenizer.decode(new) == SENTENCE[len(known) :]
+        assert model.config.eos_token_id not in new
+        parts = list(gen.stream(model, tokenizer, prompt, greedy(100)))
+        assert "".join(parts) == SENTENCE[len(known) :]
+        assert not any("\ufffd" in part for part in parts)
+        assert sum(bool(part) for part in parts) > 8, "it streams: many parts"
+
+
+def test_a_prompt_that_ends_inside_a_character_is_continued_by_its_bytes(scholar):
+    model, tokenizer = loaded(scholar)
+    ids = tokenizer.encode_prompt("我爱😀")
+    assert len(ids) - len(tokenizer.encode_prompt("我爱")) == 4
+    new = generate(model, [ids[:-2]], greedy(100))[0]
+    assert tokenizer.decode(ids[:-2] + new) == SENTENCE
+
+
+@pytest.mark.parametrize("n", range(1, 16))
+def test_the_stream_is_the_decoded_text_wherever_it_is_cut(scholar, n):
+    model, tokenizer = loaded(scholar)
+    prompt = tokenizer.encode_prompt("我爱")
+    want = tokenizer.decode(generate(model, [prompt], greedy(n))[0])
+    parts = list(gen.stream(model, tokenizer, prompt, greedy(n)))
+    assert "".join(parts) == want
+    assert not any("\ufffd" in part for part in parts[:-1]), "only the end may be an unfinished character"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_stream_of_random_tokens_is_the_decoded_text(family, made):
+    _, folder = made(family)
+    model, tokenizer = loaded(folder)
+    for seed in range(3):
+        sampling = Sampling(max_new_tokens=40, temperature=3.0, seed=seed, ignore_eos=seed == 2)
+        new = generate(model, [[1, 300]], sampling)[0]
+        assert "".join(gen.stream(model, tokenizer, [1, 300], sampling)) == tokenizer.decode(new)
+
+
+def test_the_prompt_of_the_feature_list_survives_decoding(tokenizer):
+    for text in ("年轻人不应该再努力了，年轻人就应该享受生活，", "emoji 😀👨‍👩‍👧 and 𠮷㐂"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# --- 5. loading ------------------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):
+    small = tiny_hf("phi", vocab_size=tokenizer.vocab_size - 1)
+    small.save_pretrained(tmp_path / "small")
+    tokenizer.save(tmp_path / "small")
+    want = f"small: the tokenizer has {tokenizer.vocab_size} tokens, the model only {tokenizer.vocab_size - 1}"
+    with pytest.raises(ValueError, match=want):
+        gen.load(tmp_path / "small")
+
+
+def test_a_run_folder_means_its_latest_step(scholar, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step_0000060").symlink_to(scholar)
+    (tmp_path / "run" / "latest").write_text("step_0000060\n")
+    model, tokenizer = loaded(tmp_path / "run")
+    assert tokenizer.decode(generate(model, [[1]], greedy(100))[0]) == SENTENCE
+
+
+def test_the_tokenizers_eos_serves_where_the_config_has_none(scholar, tmp_path):
+    folder = tmp_path / "m"
+    folder.mkdir()
+    for path in scholar.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    for name in ("config.json", "generation_config.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({k: v for k, v in config.items() if k != "eos_token_id"}))
+    assert checkpoint.read_config(folder).eos_token_id is None
+    model, tokenizer = loaded(folder)
+    assert model.config.eos_token_id == tokenizer.eos_id
+    assert tokenizer.decode(generate(model, [[1]], greedy(100))[0]) == SENTENCE
+
+
+# --- 6. the command line -----------------------------------------------------------------------------------------
+
+# Each command is a process of its own that runs generate.py as __main__, forked after the imports (which take
+# most of a run's time).
+COMMANDS = """
+import json, os, runpy, sys, tempfile
+import torch, generate
+done = []
+for args, stdin in json.load(sys.stdin):
+    files = [tempfile.TemporaryFile() for _ in range(3)]
+    files[0].write(stdin.encode()); files[0].seek(0)
+    pid = os.fork()
+    if not pid:
+        for fd, file in enumerate(files):
+            os.dup2(file.fileno(), fd)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        sys.argv = ["generate.py", *args]
+        code = 1
+        try:
+            runpy.run_path("generate.py", run_name="__main__")
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        finally:
+            sys.stdout.flush(); sys.stderr.flush()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for file in files: file.seek(0)
+    done.append((code, files[1].read().decode(), files[2].read().decode()))
+json.dump(done, open(3, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def commands(made, scholar, tokenizer, tmp_path_factory):
+    """Run all command lines of the tests below; give name -> (exit status, stdout, stderr)."""
+    import os
+
+    root = tmp_path_factory.mktemp("cli")
+    _, folder = made("phi")
+    small = root / "small"
+    tiny_hf("phi", vocab_size=tokenizer.vocab_size - 1).save_pretrained(small)
+    tokenizer.save(small)
+    (root / "prompts.txt").write_text("\n".join(FILE_PROMPTS[:2]) + "\n\n" + "\n".join(FILE_PROMPTS[2:]))
+    (root / "latin1.txt").write_bytes(b"fine\ncaf\xe9\n")
+    (root / "empty").mkdir()
+    t0 = ["--temperature", "0", "--max_new_tokens", "20", "--dtype", "float32"]
+    p, s, f = ["--prompt", "我爱"], str(scholar), str(root / "prompts.txt")
+    cases = {
+        "no_echo": [s, *p, "--no_echo", *t0],
+        "no-echo": [s, *p, "--no-echo", *t0],
+        "file": [str(folder), "--file", f, "--no_echo", "--batch", "2", *t0],
+        "file echo": [s, "--file", f, *t0],
+        "stdin": [s, *t0],
+        "seeds": [str(folder), *p, "--temperature", "2", "--seed", "3", "--top_k", "9", "--top_p", "0.9"],
+        "missing": [str(root / "nowhere"), *p],
+        "not a model": [str(root / "empty"), *p],
+        "no file": [s, "--file", str(root / "none.txt")],
+        "latin1": [s, "--file", str(root / "latin1.txt")],
+        "both": [s, *p, "--file", f],
+        "temperature": [s, *p, "--temperature", "-1"],
+        "top_p": [s, *p, "--top_p", "1.5"],
+        "batch": [s, "--file", f, "--batch", "0"],
+        "dtype": [s, *p, "--dtype", "float8"],
+        "large": [str(small), *p],
+        "long": [s, "--prompt", "我" * 65],
+    }
+    stdin = "我爱\n我爱😀\n\n我爱\n"  # the empty line ends
+    wire = json.dumps([(args, stdin if name == "stdin" else "") for name, args in cases.items()])
+    read, write = os.pipe()
+    with os.fdopen(read) as answers:
+        code = f"import os; os.dup2({write}, 3)\n" + COMMANDS
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        run = [sys.executable, "-c", code]
+        subprocess.run(run, input=wire, text=True, cwd=ROOT, env=env, pass_fds=[write], check=True, timeout=120)
+        os.close(write)
+        return dict(zip(cases, json.load(answers), strict=True))
+
+
+FILE_PROMPTS = ["我爱", "the quick brown fox", "😀", "你好世界，the lazy dog 0123", "我"]
+
+
+def test_a_prompt_and_its_continuation_are_printed(scholar):
+    done = run_script("generate.py", scholar, "--prompt", "我爱", "--temperature", 0, OMP_NUM_THREADS=1)
+    assert (done.returncode, done.stdout) == (0, SENTENCE + "\n"), done.stderr
+
+
+@pytest.mark.parametrize("flag", ["no_echo", "no-echo"])
+def test_without_echo_only_the_continuation_is_printed(flag, commands):
+    code, out, err = commands[flag]
+    assert (code, out) == (0, SENTENCE.removeprefix("我爱")[: len(out) - 1] + "\n"), err
+    assert len(out) > 5
+
+
+def test_a_file_of_unequal_prompts_gives_what_each_gives_alone_in_order(commands, made):
+    code, out, err = commands["file"]
+    assert code == 0, err
+    model, tokenizer = loaded(made("phi")[1])
+    alone = [generate(model, [tokenizer.encode_prompt(p)], greedy(20))[0] for p in FILE_PROMPTS]
+    assert out == "".join(tokenizer.decode(new) + "\n" for new in alone)
+
+
+def test_a_file_with_echo_prints_every_prompt_in_front_of_its_continuation(commands):
+    code, out, err = commands["file echo"]
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == len(FILE_PROMPTS), err
+    assert all(line.startswith(prompt) for line, prompt in zip(lines, FILE_PROMPTS))
+    assert SENTENCE.startswith(lines[0][:-1])
+
+
+def test_every_line_of_stdin_is_a_prompt_until_an_empty_one(commands):
+    code, out, err = commands["stdin"]
+    lines = out.splitlines()
+    assert code == 0 and len(lines) == 2, err
+    assert "every line is a prompt" in err
+    assert lines[0].startswith("我爱😀和") and lines[1].startswith("我爱😀和")
+
+
+def test_the_flags_of_sampling_reach_the_sampler(commands, made):
+    code, out, err = commands["seeds"]
+    model, tokenizer = loaded(made("phi")[1])
+    sampling = Sampling(temperature=2, seed=3, top_k=9, top_p=0.9)
+    new = generate(model, [tokenizer.encode_prompt("我爱")], sampling)[0]
+    assert (code, out) == (0, "我爱" + tokenizer.decode(new) + "\n"), err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "nowhere: no such folder"),
+        ("not a model", "empty: neither a model folder"),
+        ("no file", "none.txt: no such file"),
+        ("latin1", "latin1.txt: not UTF-8"),
+        ("both", "--prompt and --file exclude each other"),
+        ("temperature", "--temperature -1.0 must not be negative"),
+        ("top_p", "--top_p 1.5 must lie in (0, 1]"),
+        ("batch", "--batch 0 must be at least 1"),
+        ("dtype", "--dtype float8: expected float32 or bfloat16"),
+        ("large", "small: the tokenizer has"),
+        ("long", "tokens exceed the model's context of 64; shorten the input"),
+    ],
+)
+def test_a_mistake_ends_with_status_2_and_a_sentence(name, message, commands):
+    code, out, err = commands[name]
+    assert code == 2, (out, err)
+    assert message in " ".join(err.split())
+    assert "Traceback" not in err

@@ -1,0 +1,577 @@
+"""THE training loop, and the pretraining command: predict the next token of packed text.
+
+    loss = Σ nll over all trained tokens of the step / their number
+
+`fit` is the one loop of pretraining, instruction tuning, reward model and DPO: they differ in `loss(model,
+batch) -> (sum, count, logs)` and in their batches. A step adds up the gradients of its micro-batches and
+ranks and divides once by the number of trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2
+ranks x 4 agree.
+
+    python train.py --preset demo --data out/shards --out out/run --tokens_per_step 8192 --epochs 3
+    torchrun --nproc_per_node 8 train.py --preset xuanyuan-6b --data out/zh,out/en --out out/run
+    python train.py --resume --out out/run                         # goes on exactly where the last step was
+    saved python train.py --init out/other --data out/shards --out out/run2     # takes weights, starts
+    afresh
+
+A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
+(a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
+--resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop.
+
+Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay); Hoffmann et al. 2022
+(tokens).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import checkpoint
+import common
+from data import IGNORE, Batches, RowStream, Shards, validation_batches
+from generate import Sampling, generate
+from model import FROM_TOKENIZER, PRESETS, ModelConfig, build, flops_per_token, init_weights, num_params
+from parallel import gradient_sync, parallelize, unwrap
+from tokenizer import Tokenizer, load_tokenizer
+
+# --- 1. settings
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class FitConfig:
+    """What every stage that trains with `fit` can set."""
+
+    out: str  # folder of the run
+    resume: bool = False  # go on from the newest whole step of --out, with the settings it was started with
+    lr: float = 5e-4  # highest learning rate
+    min_lr: float = 0.1  # the schedule ends at this share of lr
+    schedule: Literal["cosine", "wsd"] = (
+        "cosine"  # wsd: constant, then linear over the last --decay of the steps
+    )
+    warmup: int = 100  # steps of linear increase from 0; at most a tenth of all steps
+    decay: float = 0.2  # wsd: share of the steps that decays
+    weight_decay: float = 0.1  # of matrices; norms and biases have none
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    clip: float = 1.0  # longest gradient; 0: do not clip
+    dropout: float = 0.0  # after the embedding and on the residual branches
+    seed: int = 1  # of weights, data order, dropout
+    tokens_per_step: int = 16384  # tokens of one optimizer step, over all micro-batches and ranks
+    micro_tokens: int = 8192  # at most so many tokens of one rank in one forward pass
+    eval_every: int = 250  # steps between evaluations; 0: only at the end
+    save_every: int = 250  # steps between saved steps; the last one is always saved
+    keep: int = 2  # saved steps to keep
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the model folder; the training state is fp32
+    log_every: int = 10  # steps between lines on the screen; metrics.jsonl has every step
+    compile: bool = False  # let Inductor fuse each block (on a CPU it needs a C++ compiler)
+    device: str = "auto"  # auto, cpu, cuda
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
+    peak_tflops: float = 0.0  # of one device, for MFU; 0: known GPUs from a table, else measured at the start
+
+
+@dataclass
+class TrainConfig(FitConfig):
+    data: str = ""  # packed folders, separated by commas
+    preset: str = "demo"  # a name of model.PRESETS, or a folder with a config.json
+    init: str = ""  # a model folder or a run: take its weights (and its shape), start afresh
+    vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
+    hidden_size: int = 0  # changes the preset; 0: as it is
+    num_hidden_layers: int = 0  # changes the preset; 0: as it is
+    row_tokens: int = 0  # tokens of a training row; 0: the model's context
+    epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
+    steps: int = 0  # optimizer steps
+    tokens: float = 0  # tokens to train, for example 2e7
+    sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
+
+
+# --- 2. schedule and optimizer
+# -------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, cfg: FitConfig) -> float:
+    """Give the learning rate of step 0 … steps − 1: linear warmup, then cosine or warmup-stable-decay."""
+    warmup = min(cfg.warmup, steps // 10)
+    if step < warmup:
+        return cfg.lr * (step + 1) / warmup
+    if cfg.schedule == "cosine":
+        share = (step - warmup) / max(1, steps - 1 - warmup)
+        return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2)
+    decay = max(1, round(cfg.decay * steps))
+    return cfg.lr * (1 - (1 - cfg.min_lr) * max(0, step + 1 - (steps - decay)) / decay)
+
+
+def make_optimizer(model: nn.Module, cfg: FitConfig) -> torch.optim.Optimizer:
+    """AdamW, fused; matrices and embeddings decay, norms and biases do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
+
+
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H200": 989,
+    "4090": 165,
+    "3090": 71,
+    "L40S": 362,
+}
+
+
+# --- 3. the loop
+# ---------------------------------------------------------------------------------------------
+
+Loss = Callable[[nn.Module, dict], tuple[torch.Tensor, torch.Tensor, dict]]
+
+
+def fit(
+    model: nn.Module,
+    batches,
+    cfg: FitConfig,
+    loss: Loss,
+    evaluate: Callable[[nn.Module], dict] | None = None,
+    *,
+    steps: int,
+    process: common.Process,
+    identity: dict,
+    tokenizer: Tokenizer | None = None,
+    flops: float = 0.0,
+    first_loss: float = 0.0,
+) -> int:
+    """Train a parallelized, initialised model for `steps` optimizer steps; return the process's exit code.
+
+    batches     per step a list of this rank's micro-batches (dicts), with state() and load_state():
+    data.Batches loss        (model, batch) -> (sum, count, logs): the summed loss with its graph, the
+    number of trained tokens
+                or pairs, and {name: (sum, count)} to log
+    evaluate    model -> {name: number or text}, called by all ranks every cfg.eval_every steps and at the end
+    identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
+    flops       floating-point operations per trained token, for MFU
+    first_loss  what the first step should show (ln V for fresh weights), 0 if unknown
+
+    ValueError: a non-finite loss or gradient (nothing is updated, the last saved step is intact), a full
+    disk, a changed identity on --resume.
+    """
+    run = Path(cfg.out)
+    bare = unwrap(model)
+    bare.compute_dtype = (
+        common.best_dtype(process.device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    )
+    peak = Peak(cfg.peak_tflops, process, bare.compute_dtype)
+    optimizer = make_optimizer(model, cfg)
+    params = [p for p in model.parameters() if p.requires_grad]
+    torch.manual_seed(cfg.seed * 1000 + process.rank)  # for dropout: every rank draws its own
+    step = tokens = 0
+    if cfg.resume and checkpoint.saved_steps(run):
+        step, tokens = _resume(run, model, optimizer, batches, process, identity)
+    log = RunLog(run, step, steps, cfg.log_every, process)
+    stop = common.StopSignal()
+    saved = step
+    model.train()
+    while step < steps:
+        clock = time.perf_counter()
+        lr = learning_rate(step, steps, cfg)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        total = Sums(process)
+        micro_batches = next(batches)
+        for i, batch in enumerate(micro_batches):
+            batch = {k: v.to(process.device, non_blocking=True) for k, v in batch.items()}
+            with gradient_sync(model, last=i == len(micro_batches) - 1):
+                value, count, logs = loss(model, batch)
+                value.backward()
+            total.add(loss=(value, count), **logs)
+        total.add(stop=(float(bool(stop)), 1))
+        sums = total.over_ranks()
+        loss_sum, count = sums["loss"][0], max(1.0, sums["loss"][1])  # nothing to train: nothing moves
+
+        grads = [p.grad for p in params if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) / count
+        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+            where = f"step {saved} is saved" if saved else "no step was saved yet"
+            raise ValueError(
+                f"{run}: in step {step + 1} the loss ({loss_sum / count:g}) or gradient norm ({norm:g}) "
+                f"is not finite; nothing was updated, {where}. Lower --lr or look at the data"
+            )
+        shrink = min(1.0, cfg.clip / (norm + 1e-6)) if cfg.clip else 1.0
+        torch._foreach_mul_(grads, shrink / count)
+        optimizer.step()
+        optimizer.zero_grad()
+        step, tokens = step + 1, tokens + int(count)
+
+        means = {name: s / max(1.0, n) for name, (s, n) in sums.items() if name != "stop"}
+        seconds = time.perf_counter() - clock
+        speed = count / seconds
+        mfu = {"mfu": speed * flops / peak.flops} if flops else {}
+        memory = common.peak_memory(process.device)
+        log.step(step, {**means, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds,
+                        "tokens_per_second": speed, **mfu, "memory_bytes": memory})  # fmt: skip
+        if step == 1 and first_loss and abs(means["loss"] / first_loss - 1) > 0.1:
+            log.say(
+                f"warning: the first loss is {means['loss']:.3f}; fresh weights should give {first_loss:.3f}"
+            )
+
+        stopping = sums["stop"][0] > 0
+        if evaluate and not stopping and (step == steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+            model.eval()
+            log.evaluation(step, evaluate(model))
+            model.train()
+        if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0):
+            extra = {"step": step, "tokens": tokens, "batches": batches.state(), "identity": identity}
+            dtype = getattr(torch, cfg.save_dtype)
+            checkpoint.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype)
+            saved = step
+            if process.first:
+                checkpoint.prune(run, cfg.keep)
+        if stopping:
+            log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
+            return stop.exit_code or 143
+    log.say(f"finished: {step} steps, {common.human(tokens)} tokens in {run}")
+    return 0
+
+
+def _resume(run: Path, model, optimizer, batches, process, identity: dict) -> tuple[int, int]:
+    """Restore the newest whole step; ValueError if it was trained on something else."""
+    folder = checkpoint.newest_step(run, process)
+    extra = checkpoint.read_manifest(folder)["extra"]
+    changed = [k for k in identity if extra["identity"].get(k) != identity[k]]
+    if changed:
+        lines = [f"  {k}: {extra['identity'].get(k)!r} when saved, {identity[k]!r} now" for k in changed]
+        raise ValueError("\n".join([f"{folder} cannot be resumed, because this changed:", *lines]))
+    checkpoint.load_step(folder, model, optimizer, process)
+    batches.load_state(extra["batches"])
+    if process.first:
+        print(f"resuming from {folder}")
+    return extra["step"], extra["tokens"]
+
+
+class Sums:
+    """Adds up (sum, count) pairs by name on the device, and over all ranks at the end: one wait per step."""
+
+    def __init__(self, process: common.Process):
+        self.process, self.pairs = process, {}
+
+    def add(self, **pairs) -> None:
+        """Add {name: (sum, count)} of one micro-batch."""
+        for name, (total, count) in pairs.items():
+            new = torch.stack(
+                [torch.as_tensor(v, device=self.process.device).detach().double() for v in (total, count)]
+            )
+            self.pairs[name] = self.pairs[name] + new if name in self.pairs else new
+
+    def over_ranks(self) -> dict[str, tuple[float, float]]:
+        """Sum over all ranks; every rank must have added the same names."""
+        table = torch.stack(list(self.pairs.values()))
+        if self.process.world > 1:
+            dist.all_reduce(table)
+        return dict(zip(self.pairs, map(tuple, table.tolist()), strict=True))
+
+
+class Peak:
+    """The FLOP/s of all devices together that MFU is measured against, and where the figure comes from."""
+
+    def __init__(self, tflops: float, process: common.Process, dtype: torch.dtype):
+        self.source = "--peak_tflops"
+        each = tflops * 1e12
+        if not each and process.device.startswith("cuda"):
+            name = torch.cuda.get_device_name()
+            each = 1e12 * next((t for key, t in PEAK_TFLOPS.items() if key in name), 0)
+            self.source = f"{name}, the vendor's dense bf16"
+        if not each:
+            each, self.source = measured_flops(process.device, dtype), "a large matrix product, measured now"
+        self.flops = each * process.world
+        if process.first:
+            print(f"compute: {dtype} on {process.world} x {process.device}; ", end="")
+            print(f"MFU is against {each / 1e12:.2f} TFLOP/s each ({self.source})")
+
+
+def measured_flops(device: str, dtype: torch.dtype, size: int = 1536) -> float:
+    """Measure the FLOP/s of a matrix product (size, size) x (size, size), the best of 12."""
+    a, b = (
+        torch.ones(size, size, device=device, dtype=dtype) for _ in range(2)
+    )  # no random numbers: exact resume
+    best = math.inf
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+class RunLog:
+    """What a run tells: metrics.jsonl, lines on the screen, loss.png. Only rank 0 writes."""
+
+    def __init__(self, run: Path, step: int, steps: int, every: int, process: common.Process):
+        self.path, self.steps, self.every, self.active = run / "metrics.jsonl", steps, every, process.first
+        self.begin, self.first = time.perf_counter(), step
+        if self.active:
+            old = common.read_metrics(self.path) if self.path.exists() else []
+            kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in old if row["step"] <= step]
+            common.atomic_text(self.path, "".join(kept))  # a resumed run goes on where its weights are
+
+    def say(self, text: str) -> None:
+        """Print a line, once for all ranks."""
+        if self.active:
+            print(text, flush=True)
+
+    def _add(self, row: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def step(self, step: int, row: dict) -> None:
+        """Log one optimizer step; print it every `every` steps, with the time left."""
+        if not self.active:
+            return
+        self._add({"step": step, **row})
+        if step % self.every == 0 or step in (1, self.steps):
+            left = (time.perf_counter() - self.begin) / (step - self.first) * (self.steps - step)
+            mfu = f" | mfu {row['mfu']:.0%}" if "mfu" in row else ""
+            self.say(
+                f"step {step}/{self.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad "
+                f"{row['grad_norm']:.2f} | {common.human(row['tokens_per_second'])} tokens/s{mfu} | "
+                f"{common.duration(left)} left"
+            )
+
+    def evaluation(self, step: int, values: dict) -> None:
+        """Log and print what `evaluate` found, and draw loss.png."""
+        if not self.active:
+            return
+        self._add({"step": step, **values})
+        shown = (f"{k} {v:.4f}" if isinstance(v, float) else f"{k}: {v}" for k, v in values.items())
+        self.say(f"step {step}/{self.steps} | " + " | ".join(shown))
+        if problem := common.plot_metrics(self.path, {"loss": "training", "val_loss": "validation"}):
+            self.say(problem)
+
+
+# --- 4. pretraining
+# ------------------------------------------------------------------------------------------
+
+
+def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Sum the nll of all trained tokens of a batch."""
+    nll = model(batch["ids"], batch["targets"], doc_ids=batch["doc_ids"])
+    return nll.sum(), (batch["targets"] != IGNORE).sum(), {}
+
+
+class Evaluation:
+    """Validation loss, bits per byte, and a sample."""
+
+    def __init__(
+        self, shards: Shards, tokenizer: Tokenizer, cfg: TrainConfig, width: int, process: common.Process
+    ):
+        self.shards, self.tokenizer, self.process, self.width = shards, tokenizer, process, width
+        self.rows = max(1, cfg.micro_tokens // width)
+        self.prompt = tokenizer.encode_prompt(cfg.sample)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict:
+        """Evaluate the whole validation part; all ranks take their share of its rows."""
+        total = Sums(self.process)
+        total.add(loss=(0.0, 0))
+        for batch in validation_batches(
+            self.shards, self.width, self.rows, self.process.rank, self.process.world
+        ):
+            value, count, _ = next_token_loss(model, {k: v.to(self.process.device) for k, v in batch.items()})
+            total.add(loss=(value, count))
+        nats, count = total.over_ranks()["loss"]
+        out = {"val_loss": nats / count}
+        if self.tokenizer.bos_id is None or not self.tokenizer.add_bos:
+            # nothing predicts a document's first token, so a decoder would need all its ln V nats
+            nats += len(self.shards) * math.log(unwrap(model).config.vocab_size)
+        out["val_bits_per_byte"] = nats / math.log(2) / self.shards.bytes
+        if self.process.first and self.prompt:
+            new = generate(
+                unwrap(model), [self.prompt], Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
+            )[0]
+            out["sample"] = self.tokenizer.decode(self.prompt + new)
+        return out
+
+
+def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
+    """Resolve --init, --preset and what changes them into the shape to train, with the tokenizer's ids."""
+    if cfg.init:
+        config = checkpoint.read_config(checkpoint.model_folder(cfg.init))
+    elif cfg.preset in PRESETS:
+        config = PRESETS[cfg.preset]
+    elif (Path(cfg.preset) / "config.json").exists():
+        config = checkpoint.read_config(cfg.preset)
+    else:
+        raise ValueError(
+            f"--preset {cfg.preset}: neither a folder with a config.json nor one of {', '.join(PRESETS)}"
+        )
+    change: dict = {"dropout": cfg.dropout}
+    change |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
+    if cfg.init and (cfg.hidden_size or cfg.num_hidden_layers or cfg.vocab_size):
+        raise ValueError(
+            "--init takes the shape of its folder; leave out --hidden_size, --num_hidden_layers, --vocab_size"
+        )
+    if cfg.num_hidden_layers:
+        change["num_hidden_layers"] = cfg.num_hidden_layers
+    if cfg.hidden_size:  # the size of a head and the MLP's ratio stay
+        if cfg.hidden_size % config.head_dim:
+            raise ValueError(
+                f"--hidden_size {cfg.hidden_size} is not a multiple of the head size {config.head_dim}"
+            )
+        heads = cfg.hidden_size // config.head_dim
+        grouped = config.num_attention_heads // config.num_key_value_heads
+        change |= {"hidden_size": cfg.hidden_size, "num_attention_heads": heads}
+        change["num_key_value_heads"] = heads // grouped
+        change["intermediate_size"] = (
+            round(config.intermediate_size * cfg.hidden_size / config.hidden_size / 32) * 32
+        )
+    vocab = cfg.vocab_size or config.vocab_size
+    if vocab == FROM_TOKENIZER:
+        vocab = -(-tokenizer.vocab_size // 64) * 64
+    if vocab < tokenizer.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model only {vocab}; set --vocab_size"
+        )
+    return dataclasses.replace(config, vocab_size=vocab, **change)
+
+
+@dataclass
+class Plan:
+    """What follows from the settings: how a step is cut, and how many steps there are."""
+
+    row_tokens: int
+    rows_per_step: int
+    micro_rows: int
+    steps: int
+
+
+def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> Plan:
+    """Derive rows, micro-batches and steps; ValueError where the settings cannot be met."""
+    row = cfg.row_tokens or config.max_position_embeddings
+    if row > config.max_position_embeddings and config.switches.rope:
+        raise ValueError(
+            f"--row_tokens {row} exceeds the model's context of {config.max_position_embeddings}"
+        )
+    rows = cfg.tokens_per_step // row
+    if rows < world or rows % world:
+        fit_ = max(1, round(rows / world)) * world * row
+        raise ValueError(
+            f"--tokens_per_step {cfg.tokens_per_step} is {rows} rows of {row} tokens, which {world} ranks "
+            f"cannot share evenly; take for example {fit_}"
+        )
+    mine = rows // world
+    micro = max(d for d in range(1, mine + 1) if mine % d == 0 and (d == 1 or d * row <= cfg.micro_tokens))
+    if sum(bool(v) for v in (cfg.steps, cfg.tokens)) > 1:
+        raise ValueError("--steps and --tokens exclude each other")
+    wanted = cfg.tokens or cfg.epochs * shards.tokens
+    return Plan(row, rows, micro, cfg.steps or max(1, round(wanted / (rows * row))))
+
+
+def describe(config: ModelConfig, p: Plan, shards: Shards, process: common.Process) -> None:
+    """Print what is about to happen, before anything does."""
+    n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
+    flops = flops_per_token(config, p.row_tokens)
+    accumulation = p.rows_per_step // (p.micro_rows * process.world)
+    print(
+        f"model: {config.family}, {config.num_hidden_layers} layers x {config.hidden_size}, {n:,} parameters"
+    )
+    each = shards.bytes / max(1, shards.tokens)
+    print(f"data: {len(shards):,} documents, {shards.tokens:,} tokens, {each:.2f} bytes per token")
+    cut = f"{p.steps:,} steps x {p.rows_per_step} rows x {p.row_tokens} tokens"
+    amount = (
+        f"{common.human(tokens)} tokens, {tokens / n:.1f} per parameter, {tokens / shards.tokens:.2f} epochs"
+    )
+    print(f"training: {cut} = {amount}")
+    print(f"a step: {process.world} ranks x {accumulation} micro-batches x {p.micro_rows} rows")
+    matrices = flops_per_token(config, 0) / 6
+    print(f"FLOPs: 6 x {common.human(matrices)} parameters in products + 6 x layers x width x row", end=" ")
+    print(f"= {common.human(flops)} per token, {flops * tokens:.3g} in all")
+
+
+def main(cfg: TrainConfig) -> None:
+    """Pretrain a model on packed text."""
+    run = Path(cfg.out)
+    if cfg.resume:
+        cfg = _saved_settings(cfg)
+    elif run.exists() and any(run.iterdir()):
+        raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
+    if not cfg.data:
+        raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
+    folders = [f for f in cfg.data.split(",") if f]
+    process = common.start_process(cfg.device)
+    tokenizer = load_tokenizer(folders[0])
+    config = model_config(cfg, tokenizer)
+    shards = Shards(folders, "train")
+    p = plan(cfg, config, shards, process.world)
+    if process.first:
+        describe(config, p, shards, process)
+        run.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "command": sys.argv,
+            "config": dataclasses.asdict(cfg),
+            "model": dataclasses.asdict(config),
+        }
+        common.write_json(
+            run / "run.json", settings | {"plan": dataclasses.asdict(p), "ranks": process.world}
+        )
+
+    model = parallelize(build(config, device="meta"), process, cfg.compile)
+    unwrap(model).known_vocab = tokenizer.vocab_size
+    if cfg.init and not cfg.resume:
+        checkpoint.load_into(model, cfg.init)
+    elif not checkpoint.saved_steps(run):
+        init_weights(unwrap(model), cfg.seed)
+    stream = RowStream(shards, p.row_tokens, cfg.seed)
+    batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
+    val = Shards(folders, "val")
+    code = fit(
+        model,
+        batches,
+        cfg,
+        next_token_loss,
+        Evaluation(val, tokenizer, cfg, p.row_tokens, process) if len(val) else None,
+        steps=p.steps,
+        process=process,
+        identity={
+            "data": shards.fingerprint,
+            "model": dataclasses.asdict(config),
+            "row_tokens": p.row_tokens,
+            "rows_per_step": p.rows_per_step,
+            "seed": cfg.seed,
+        },
+        tokenizer=tokenizer,
+        flops=flops_per_token(config, p.row_tokens),
+        first_loss=0.0 if cfg.init else math.log(config.vocab_size),
+    )
+    common.finish_process(code)
+
+
+def _saved_settings(cfg: TrainConfig) -> TrainConfig:
+    """Take the settings from run.json; a flag typed beside --resume (one that is not at its default) wins."""
+    path = Path(cfg.out) / "run.json"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
+    saved = common.read_json(path)["config"]
+    typed = {
+        f.name: getattr(cfg, f.name)
+        for f in dataclasses.fields(cfg)
+        if f.default is dataclasses.MISSING or getattr(cfg, f.name) != f.default
+    }
+    return TrainConfig(**{**saved, **typed})
+
+
+if __name__ == "__main__":
+    common.run(main, doc=__doc__)
