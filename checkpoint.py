@@ -406,6 +406,8 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     """Write the files of a model folder into an existing folder (not atomic: see save_model)."""
     model = getattr(model, "module", model)
     family = model.config.family
+    if any("qkv_proj" in n or "gate_up_proj" in n for n in parameters(model)):
+        raise ValueError("this model was fused by generate.load; save the one of checkpoint.load_model")
     tensors = {hf_name(n, family): p.detach() for n, p in parameters(model).items()}
     shards: list[dict] = [{}]
     size = 0
@@ -627,7 +629,7 @@ def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` steps, and what a killed save left behind."""
     for folder in saved_steps(run)[:-keep] if keep else []:
         shutil.rmtree(folder)
-    for rubbish in run.glob("step_*.tmp"):
+    for rubbish in (*run.glob("step_*.tmp"), *run.glob("step_*.old")):
         shutil.rmtree(rubbish, ignore_errors=True)
 
 

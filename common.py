@@ -347,6 +347,13 @@ class Process:
         """True on the one rank that prints and writes what is written once."""
         return self.rank == 0
 
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
 
 def start_process(device: str = "auto") -> Process:
     """Join torchrun's process group if there is one; device "auto" means a GPU if there is one."""

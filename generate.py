@@ -21,6 +21,7 @@ Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fa
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -128,6 +129,7 @@ def fuse(model: Model) -> Model:
             mlp.up_proj, mlp.down_proj = RowLinear.of(mlp.up_proj), RowLinear.of(mlp.down_proj)
     if model.config.head == "lm":
         model.lm_head = RowLinear.of(model.lm_head)
+        model.tie()
     return model.requires_grad_(False).eval()
 
 
@@ -149,8 +151,8 @@ class Sampling:
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"--max_new_tokens {self.max_new_tokens} must be at least 1")
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"--temperature {self.temperature} must not be negative, nor inf or nan")
         if self.top_k < 0:
             raise ValueError(f"--top_k {self.top_k} must not be negative")
         if not 0 < self.top_p <= 1:
@@ -252,7 +254,7 @@ def generate(
 
 def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> Iterator[str]:
     """Yield the continuation of one prompt as text, whole characters as soon as they are complete."""
-    decoder = tokenizer.stream()
+    decoder = tokenizer.stream(at_start=False)
     for (token,) in decode(model, [prompt], sampling):
         if token is not None and (token != model.config.eos_token_id or sampling.ignore_eos):
             yield decoder.push(token)
@@ -286,6 +288,8 @@ def main(config: GenerateConfig) -> None:
     """Continue a prompt, the prompts of a file, or what is typed."""
     if config.prompt and config.file:
         raise ValueError("--prompt and --file exclude each other")
+    if config.batch < 1:
+        raise ValueError(f"--batch {config.batch} must be at least 1")
     device = common.start_process(config.device).device
     dtype = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, config.dtype)
     if isinstance(dtype, str):
@@ -326,13 +330,18 @@ def _complete(model: Model, tokenizer: Tokenizer, prompt: str, config: GenerateC
 
 def _complete_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> None:
     path = Path(config.file)
-    if not path.exists():
+    if not path.is_file():
         raise ValueError(f"{path}: no such file")
-    prompts = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 too
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+    prompts = [line for line in lines if line.strip()]
     for i in range(0, len(prompts), config.batch):
         part = prompts[i : i + config.batch]
         for prompt, new in zip(part, generate(model, [tokenizer.encode_prompt(p) for p in part], config)):
-            print((prompt if config.echo else "") + tokenizer.decode(new), flush=True)
+            print((prompt if config.echo else "") + tokenizer.decode(new, at_start=False), flush=True)
 
 
 if __name__ == "__main__":

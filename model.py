@@ -471,6 +471,8 @@ class Model(nn.Module):
         steps = torch.arange(T, device=device)[None]  # (1, T)
         if cache is not None:
             assert doc_ids is None, "a cache row is one document"
+            if T > 1 and int(cache.lengths.max()) + T > cache.size:
+                raise ValueError(f"{T} more tokens, padding included, do not fit a cache of {cache.size}")
             where = Where(
                 cache.lengths[:, None] + steps, cache=cache, empty=T > 1 and not cache.lengths.any()
             )

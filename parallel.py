@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 
-import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,7 +39,7 @@ def parallelize(model: Model, process: Process, compile: bool = False) -> nn.Mod
     return wrapped
 
 
-def _sum_gradients(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(_, bucket):  # DDP refuses annotations that are strings
     """Replace DDP's average by a sum; dividing by W and multiplying again would not be exact for every W."""
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 

@@ -242,18 +242,18 @@ class Tokenizer:
         """Encode a whole document: bos (where the model uses one) + text + eos."""
         return self.encode_prompt(text) + ([] if self.eos_id is None else [self.eos_id])
 
-    def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
+    def decode(self, ids: Iterable[int], skip_special: bool = True, at_start: bool = True) -> str:
         """Turn ids into text; special tokens vanish, or show as they are written with skip_special=False.
 
-        Each byte that belongs to no character becomes U+FFFD; <unk> shows as ⁇. ValueError for an id outside
-        the vocabulary, such as a padding row of the embedding.
+        Each byte that belongs to no character becomes U+FFFD; <unk> shows as ⁇. at_start=False for ids that
+        continue a text. ValueError for an id outside the vocabulary, such as a padding row of the embedding.
         """
-        stream = self.stream(skip_special)
+        stream = self.stream(skip_special, at_start)
         return "".join([stream.push(i) for i in ids]) + stream.flush()
 
-    def stream(self, skip_special: bool = True) -> StreamDecoder:
-        """Start decoding ids one by one, as they are generated."""
-        return StreamDecoder(self, skip_special)
+    def stream(self, skip_special: bool = True, at_start: bool = True) -> StreamDecoder:
+        """Start decoding ids one by one, as they are generated; at_start=False: they continue a text."""
+        return StreamDecoder(self, skip_special, at_start)
 
     def token_kind(self, i: int) -> str:
         """Tell what an id is: special, byte, piece, or hole (an id between added tokens)."""
@@ -286,11 +286,11 @@ class StreamDecoder:
     A character spelt in bytes is held back until it is whole. A push costs the same, however long the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, at_start: bool = True):
         self.backend = tokenizer.backend
         self.skip_special = skip_special
         self.utf8 = codecs.getincrementaldecoder("utf-8")("each_byte")
-        self.at_start = True
+        self.at_start = at_start  # there a dummy prefix (the space that LLaMA puts first) is dropped
 
     def push(self, i: int) -> str:
         """Take the next id; return the text that is now certain: often one piece, sometimes ""."""
@@ -526,7 +526,7 @@ class Train:
     corpus: Positional[list[str]]  # files or folders: .txt, .jsonl ("text" of each line), .gz of both
     out: str  # folder to write
     vocab_size: int = 8192  # tokens in all: special ones, 256 bytes, pieces
-    kind: Literal["bpe", "unigram", "char"] = "bpe"
+    kind: Literal["bpe", "unigram", "char"] = "bpe"  # how the vocabulary is learnt; char: single characters
     nfkc: bool = False  # normalise with NFKC (full-width letters become ASCII, ① becomes 1): not lossless
     byte_fallback: bool = True  # spell unknown characters in bytes; without it they become <unk>
     character_coverage: float = 0.9995  # share of the text's characters that get a token of their own

@@ -57,9 +57,7 @@ class FitConfig:
     resume: bool = False  # go on from the newest whole step of --out, with the settings it was started with
     lr: float = 5e-4  # highest learning rate
     min_lr: float = 0.1  # the schedule ends at this share of lr
-    schedule: Literal["cosine", "wsd"] = (
-        "cosine"  # wsd: constant, then linear over the last --decay of the steps
-    )
+    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last --decay
     warmup: int = 100  # steps of linear increase from 0; at most a tenth of all steps
     decay: float = 0.2  # wsd: share of the steps that decays
     weight_decay: float = 0.1  # of matrices; norms and biases have none
@@ -516,6 +514,7 @@ def main(cfg: TrainConfig) -> None:
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
     p = plan(cfg, config, shards, process.world)
+    process.barrier()  # all ranks have looked at the folder before one writes into it
     if process.first:
         describe(config, p, shards, process)
         run.mkdir(parents=True, exist_ok=True)

@@ -381,6 +381,13 @@ def test_folders_are_read_recursively_and_sorted_and_mix_all_kinds(folder, token
     assert report["train"]["documents"] == 6, "empty documents are skipped"
 
 
+def test_the_order_of_a_folders_files_is_that_of_their_names(tmp_path):
+    names = [f"{n:02}" for n in range(40)]
+    for name in random.Random(1).sample(names, 40):  # a directory lists them in no order
+        write_jsonl(tmp_path / "in" / f"{name}.jsonl", [name])
+    assert list(common.documents([tmp_path / "in"])) == names
+
+
 # --- 4. what pack writes --------------------------------------------------------------------------------------
 
 

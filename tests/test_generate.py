@@ -1,7 +1,7 @@
 """Generation is transformers' greedy search token for token; sampling is the softmax; batches change nothing."""
 
 import json
-import math
+import os
 import subprocess
 import sys
 
@@ -62,7 +62,7 @@ def scholar(tokenizer, tmp_path_factory):
     init_weights(model, seed=1)
     row = torch.tensor([tokenizer.encode_document(SENTENCE)])
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
-    for _ in range(60):
+    for _ in range(150):
         loss = model(row[:, :-1], row[:, 1:]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -127,6 +127,8 @@ def test_fusing_changes_no_logits_and_leaves_no_single_projections(family, made)
     assert sum(p.numel() for p in fused.parameters()) == sum(p.numel() for p in plain.parameters())
 
 
+# BUG (checkpoint.write_model): a model from generate.load is written with qkv_proj and gate_up_proj, which no
+# family knows; it should be refused. Remove the mark when it is.
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fused_model_is_never_saved_under_fused_names(family, made, tmp_path):
     hf, folder = made(family)
@@ -169,7 +171,7 @@ def test_bf16_greedy_runs_and_its_first_token_is_fp32s_or_nearly_as_likely(famil
     for prompt, new in zip(prompts, out):
         with torch.no_grad():
             logits = exact(torch.tensor([prompt]))[0, -1]
-        assert logits[new[0]] > logits.max() - 0.1 * logits.std() * 4
+        assert logits[new[0]] > logits.max() - 0.4 * logits.std()
 
 
 # --- 2. sampling ---------------------------------------------------------------------------------------------
@@ -237,7 +239,9 @@ def test_a_generated_first_token_follows_the_models_softmax(made):
         [[1, 300]] * 2000,
         [Sampling(max_new_tokens=1, seed=s, ignore_eos=True) for s in range(2000)],
     )
-    rank = {int(t): min(r, 9) for r, t in enumerate(order)}  # the nine likeliest tokens, and all others together
+    rank = {
+        int(t): min(r, 9) for r, t in enumerate(order)
+    }  # the nine likeliest tokens, and all others together
     counts = torch.bincount(torch.tensor([rank[d[0]] for d in draws]), minlength=10).double()
     assert p_value(counts, torch.cat([probs[order[:9]], probs[order[9:]].sum()[None]])) > 1e-3
 
@@ -442,7 +446,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tokenizer, tmp_path):
     small = tiny_hf("phi", vocab_size=tokenizer.vocab_size - 1)
     small.save_pretrained(tmp_path / "small")
     tokenizer.save(tmp_path / "small")
-    want = f"small: the tokenizer has {tokenizer.vocab_size} tokens, the model only {tokenizer.vocab_size - 1}"
+    want = (
+        f"small: the tokenizer has {tokenizer.vocab_size} tokens, the model only {tokenizer.vocab_size - 1}"
+    )
     with pytest.raises(ValueError, match=want):
         gen.load(tmp_path / "small")
 
@@ -505,21 +511,21 @@ json.dump(done, open(3, "w"))
 @pytest.fixture(scope="module")
 def commands(made, scholar, tokenizer, tmp_path_factory):
     """Run all command lines of the tests below; give name -> (exit status, stdout, stderr)."""
-    import os
-
     root = tmp_path_factory.mktemp("cli")
     _, folder = made("phi")
     small = root / "small"
     tiny_hf("phi", vocab_size=tokenizer.vocab_size - 1).save_pretrained(small)
     tokenizer.save(small)
-    (root / "prompts.txt").write_text("\n".join(FILE_PROMPTS[:2]) + "\n\n" + "\n".join(FILE_PROMPTS[2:]))
+    (root / "prompts.txt").write_text(
+        "\n".join(FILE_PROMPTS[:2]) + "\n\n" + "\n".join(FILE_PROMPTS[2:]), "utf-8"
+    )
     (root / "latin1.txt").write_bytes(b"fine\ncaf\xe9\n")
     (root / "empty").mkdir()
     t0 = ["--temperature", "0", "--max_new_tokens", "20", "--dtype", "float32"]
     p, s, f = ["--prompt", "我爱"], str(scholar), str(root / "prompts.txt")
     cases = {
-        "no_echo": [s, *p, "--no_echo", *t0],
-        "no-echo": [s, *p, "--no-echo", *t0],
+        "no_echo": [s, *p, "--no_echo", "--temperature", "0"],
+        "no-echo": [s, *p, "--no-echo", "--temperature", "0"],
         "file": [str(folder), "--file", f, "--no_echo", "--batch", "2", *t0],
         "file echo": [s, "--file", f, *t0],
         "stdin": [s, *t0],
@@ -543,12 +549,14 @@ def commands(made, scholar, tokenizer, tmp_path_factory):
         code = f"import os; os.dup2({write}, 3)\n" + COMMANDS
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         run = [sys.executable, "-c", code]
-        subprocess.run(run, input=wire, text=True, cwd=ROOT, env=env, pass_fds=[write], check=True, timeout=120)
+        subprocess.run(
+            run, input=wire, text=True, cwd=ROOT, env=env, pass_fds=[write], check=True, timeout=120
+        )
         os.close(write)
         return dict(zip(cases, json.load(answers), strict=True))
 
 
-FILE_PROMPTS = ["我爱", "the quick brown fox", "😀", "你好世界，the lazy dog 0123", "我"]
+FILE_PROMPTS = ["我爱", "the quick brown fox", "😀", "你好世界，the lazy dog 0123", "我\u2028爱\f我"]
 
 
 def test_a_prompt_and_its_continuation_are_printed(scholar):
@@ -559,8 +567,7 @@ def test_a_prompt_and_its_continuation_are_printed(scholar):
 @pytest.mark.parametrize("flag", ["no_echo", "no-echo"])
 def test_without_echo_only_the_continuation_is_printed(flag, commands):
     code, out, err = commands[flag]
-    assert (code, out) == (0, SENTENCE.removeprefix("我爱")[: len(out) - 1] + "\n"), err
-    assert len(out) > 5
+    assert (code, out) == (0, SENTENCE.removeprefix("我爱") + "\n"), err
 
 
 def test_a_file_of_unequal_prompts_gives_what_each_gives_alone_in_order(commands, made):
@@ -573,7 +580,7 @@ def test_a_file_of_unequal_prompts_gives_what_each_gives_alone_in_order(commands
 
 def test_a_file_with_echo_prints_every_prompt_in_front_of_its_continuation(commands):
     code, out, err = commands["file echo"]
-    lines = out.splitlines()
+    lines = out.split("\n")[:-1]
     assert code == 0 and len(lines) == len(FILE_PROMPTS), err
     assert all(line.startswith(prompt) for line, prompt in zip(lines, FILE_PROMPTS))
     assert SENTENCE.startswith(lines[0][:-1])
@@ -601,7 +608,7 @@ def test_the_flags_of_sampling_reach_the_sampler(commands, made):
         ("missing", "nowhere: no such folder"),
         ("not a model", "empty: neither a model folder"),
         ("no file", "none.txt: no such file"),
-        ("latin1", "latin1.txt: not UTF-8"),
+        ("latin1", "latin1.txt:2: not UTF-8 (byte 0xe9)"),
         ("both", "--prompt and --file exclude each other"),
         ("temperature", "--temperature -1.0 must not be negative"),
         ("top_p", "--top_p 1.5 must lie in (0, 1]"),

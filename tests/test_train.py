@@ -51,14 +51,15 @@ def shards(tmp_path_factory):
 
 def command(shards, out, *more, ranks=1):
     launcher = [sys.executable] if ranks == 1 else [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0"),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"),
     ]  # fmt: skip
     return [*launcher, "train.py", "--data", str(shards), "--out", str(out), *FLAGS, *more]
 
 
 def run(shards, out, *more, ranks=1, expect=0):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(shards, out, *more, ranks=ranks), cwd=ROOT, env=env, capture_output=True, text=True)
+    line = command(shards, out, *more, ranks=ranks)
+    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == expect, done.stdout + done.stderr
     return done
 
