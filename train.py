@@ -370,8 +370,28 @@ def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.
     return nll.sum(), (batch["targets"] != IGNORE).sum(), {}
 
 
+@torch.no_grad()
+def validate(
+    model: nn.Module, shards: Shards, width: int, rows: int, process: common.Process, bos: bool
+) -> dict:
+    """Measure the loss and the bits per byte of the whole validation part; all ranks share its rows.
+
+    width: tokens of a row; rows: of a batch; bos: documents start with a <s>, so every token is predicted.
+    """
+    total = Sums(process)
+    total.add(loss=(0.0, 0))
+    for batch in validation_batches(shards, width, rows, process.rank, process.world):
+        value, count, _ = next_token_loss(model, {k: v.to(process.device) for k, v in batch.items()})
+        total.add(loss=(value, count))
+    nats, count = total.over_ranks()["loss"]
+    loss = nats / count
+    if not bos:  # nothing predicts a document's first token, so a decoder would need all its ln V nats
+        nats += len(shards) * math.log(unwrap(model).config.vocab_size)
+    return {"val_loss": loss, "val_bits_per_byte": nats / math.log(2) / shards.bytes}
+
+
 class Evaluation:
-    """Validation loss, bits per byte, and a sample."""
+    """What pretraining looks at between steps: validation loss, bits per byte, and a sample."""
 
     def __init__(
         self, shards: Shards, tokenizer: Tokenizer, cfg: TrainConfig, width: int, process: common.Process
@@ -380,26 +400,12 @@ class Evaluation:
         self.rows = max(1, cfg.micro_tokens // width)
         self.prompt = tokenizer.encode_prompt(cfg.sample)
 
-    @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict:
-        """Evaluate the whole validation part; all ranks take their share of its rows."""
-        total = Sums(self.process)
-        total.add(loss=(0.0, 0))
-        for batch in validation_batches(
-            self.shards, self.width, self.rows, self.process.rank, self.process.world
-        ):
-            value, count, _ = next_token_loss(model, {k: v.to(self.process.device) for k, v in batch.items()})
-            total.add(loss=(value, count))
-        nats, count = total.over_ranks()["loss"]
-        out = {"val_loss": nats / count}
-        if self.tokenizer.bos_id is None or not self.tokenizer.add_bos:
-            # nothing predicts a document's first token, so a decoder would need all its ln V nats
-            nats += len(self.shards) * math.log(unwrap(model).config.vocab_size)
-        out["val_bits_per_byte"] = nats / math.log(2) / self.shards.bytes
+        """Evaluate; rank 0 writes the sample."""
+        out = validate(model, self.shards, self.width, self.rows, self.process, self.tokenizer.add_bos)
         if self.process.first and self.prompt:
-            new = generate(
-                unwrap(model), [self.prompt], Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
-            )[0]
+            sampling = Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
+            new = generate(unwrap(model), [self.prompt], sampling)[0]
             out["sample"] = self.tokenizer.decode(self.prompt + new)
         return out
 

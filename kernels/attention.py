@@ -31,7 +31,9 @@ def attention(
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
-    if lo is None and start is None and slopes is None and T in (1, S):
+    plain = lo is None and start is None and slopes is None and T in (1, S)
+    short = q.is_cpu and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
+    if plain and not short:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
     key = torch.arange(S, device=q.device)
     offset = torch.tensor([S - T], device=q.device) if start is None else start
@@ -41,16 +43,42 @@ def attention(
         visible = visible & (key >= lo[..., None])
     visible = visible[:, None]  # (B or 1, 1, T, S)
     if slopes is None:
+        if short and bool(visible.any(-1).all()):
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if grouped else t for t in (k, v))
+            return _DenseAttention.apply(q, k, v, visible)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
     # distances are counted in fp32: in bf16 only 624 of 2,048 positions would stay distinct for slope 0.84
-    distance = (position[..., None] - key)[:, None].to(torch.promote_types(q.dtype, torch.float32))
-    bias = (-slopes.to(distance.dtype)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
-    if k.dtype == torch.bfloat16:  # a bf16 bias would round the distances again, so all of it in fp32
-        out = F.scaled_dot_product_attention(
-            q.float(), k.float(), v.float(), attn_mask=bias, enable_gqa=grouped
-        )
-        return out.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    distance = (position[..., None] - key)[:, None].to(wide)
+    bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
+    out = F.scaled_dot_product_attention(
+        q.to(wide), k.to(wide), v.to(wide), attn_mask=bias, enable_gqa=grouped
+    )
+    return out.to(q.dtype)
+
+
+class _DenseAttention(torch.autograd.Function):
+    """Short rows in training on a CPU: keep the (T, S) probabilities, the rest is matrix products.
+
+    Measured on 2 cores with AMX, forward and backward, bf16: T 128 6x, T 256 2.7x, T 512 1-2x as fast as
+    scaled_dot_product_attention, whose backward pass there does not use the matrix units.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, visible):
+        hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
+        p = scores.add_(hidden).softmax(-1)
+        ctx.save_for_backward(q, k, v, p)
+        return p @ v
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, p = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        dp = grad @ v.transpose(-1, -2)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p · (dp − Σ p·dp)
+        return (ds @ k) * scale, ds.transpose(-1, -2) @ (q * scale), p.transpose(-1, -2) @ grad, None
 
 
 def attention_decode(

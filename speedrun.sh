@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# From raw Chinese text to a model that writes, on a CPU: corpus -> tokenizer -> pack -> pretrain -> sample.
+#   bash speedrun.sh                  the token budget is chosen by a quick probe of this machine
+#   bash speedrun.sh --budget full    full | half | quarter | tiny (tiny: seconds, for continuous integration)
+set -euo pipefail
+cd "$(dirname "$0")"
+
+budget=auto out=out/speedrun
+while [ $# -gt 0 ]; do
+    case $1 in
+        --budget) budget=${2:?--budget needs full, half, quarter, tiny or auto}; shift 2 ;;
+        --out) out=${2:?--out needs a folder}; shift 2 ;;
+        *) echo "error: unknown argument $1 (known: --budget, --out)" >&2; exit 2 ;;
+    esac
+done
+case $budget in full | half | quarter | tiny | auto) ;; *)
+    echo "error: --budget $budget: expected full, half, quarter, tiny or auto" >&2; exit 2 ;;
+esac
+if [ -e "$out" ]; then
+    echo "error: $out exists; remove it, or choose another --out" >&2; exit 2
+fi
+source ./setup.sh requirements.txt
+
+mkdir -p "$out"
+begin=$SECONDS
+summary=""
+stage() {  # stage NAME COMMAND...: run it, its output goes to NAME.log, one line on the screen
+    local name=$1 start=$SECONDS
+    shift
+    if ! "$@" > "$out/$name.log" 2>&1; then
+        tail -n 20 "$out/$name.log" >&2
+        echo "error: the stage $name failed; all of its output is in $out/$name.log" >&2
+        exit 1
+    fi
+    printf '%-10s %3d s   %s\n' "$name" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")"
+    summary+="$name $((SECONDS - start)) s, "
+}
+
+stage corpus "$PYTHON" demo_corpus.py --out "$out/demo"
+stage tokenizer "$PYTHON" tokenizer.py train "$out/demo/pretrain" --vocab_size 3072 --out "$out/tok"
+stage pack "$PYTHON" data.py pack "$out/demo/pretrain" --tokenizer "$out/tok" --out "$out/shards"
+
+train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
+       --lr 4e-3 --schedule wsd --decay 0.4 --warmup 30 --min_lr 0.02 --save_every 0 --eval_every 100)
+if [ "$budget" = auto ]; then
+    # the probe: a few steps tell the tokens per second; pretraining may take four minutes
+    stage probe "${train[@]}" --out "$out/probe" --steps 12 --eval_every 0
+    budget=$("$PYTHON" - "$out/probe/metrics.jsonl" <<'PY'
+import json, statistics, sys
+rows = [json.loads(line) for line in open(sys.argv[1])]
+reach = 240 * statistics.median(r["tokens_per_second"] for r in rows if "loss" in r)
+print("full" if reach > FULL else "half" if reach > FULL / 2 else "quarter")
+PY
+)
+    rm -r "$out/probe"
+fi
+case $budget in full) tokens=FULL ;; half) tokens=HALF ;; quarter) tokens=QUARTER ;; tiny) tokens=40960 ;; esac
+echo "budget: $budget, $tokens tokens"
+stage pretrain "${train[@]}" --tokens "$tokens" --out "$out/run"
+stage sample "$PYTHON" generate.py "$out/run" --prompt "大家都知道，" --max_new_tokens 60 --temperature 0.7
+echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
+echo "go on: .venv/bin/python generate.py $out/run"
