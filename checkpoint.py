@@ -17,7 +17,7 @@ It is written as step_N.tmp by all ranks and renamed by rank 0 after every diges
 be seen is whole. Rank r of W owns rows [r·k, (r+1)·k) of each tensor, k = ⌈rows / W⌉ (as torch.chunk and
 FSDP2 cut dimension 0), whatever the kind of parallelism: another number of ranks reads the same files.
 
-No pickle anywhere: weights only from safetensors, the rest from JSON.
+No file is ever unpickled: weights only from safetensors, the rest from JSON.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import typing
 import zlib
 from collections.abc import Callable, Iterator
@@ -63,6 +62,8 @@ def run(*commands: Callable, doc: str = "") -> None:
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        os._exit(0)
 
 
 # --- 2. documents -------------------------------------------------------------------------------------------
@@ -432,15 +433,3 @@ def peak_memory(device: str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-class Stopwatch:
-    """Seconds since the last call, for tokens per second."""
-
-    def __init__(self):
-        self.last = time.perf_counter()
-
-    def __call__(self) -> float:
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return seconds

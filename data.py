@@ -1,14 +1,15 @@
 """From text files to batches: pack once, then train from memory-mapped tokens in one exact, resumable stream.
 
-`pack` turns documents into shards: token ids in uint16 (uint32 for a vocabulary beyond 65,536), one EOS after
-each document, an index of where documents end, the tokenizer itself and a report. A share of the documents,
-chosen by the hash of their text, becomes the validation part: copies of a document fall on the same side.
+`pack` turns documents into shards: token ids in uint16 (uint32 for a vocabulary beyond 65,536), each document
+between <s> (where the tokenizer has it) and one EOS, an index of where documents end, the tokenizer itself
+and a report. A share of the documents, chosen by the hash of their text, becomes the validation part: copies
+of a document fall on the same side.
 
 Training reads rows of T tokens from one global stream, a pure function of (shards, seed):
 
-    every epoch is a fresh permutation of all documents
-    a row starts with the document that waits longest and is filled with the longest waiting ones that still
-    fit no document is cut unless it is longer than a row; no token is lost or repeated within an epoch
+  - every epoch is a fresh permutation of all documents;
+  - a row starts with the document that waits longest; the largest of the waiting ones that fit fill it;
+  - no document is cut unless it is longer than a row, no token is lost or repeated within an epoch.
 
 Step s takes the global rows [s·N, (s+1)·N), rank r of W materialises rows r, r+W, … of them. All ranks hold
 the same small state (an epoch, a position, a few waiting documents), so a run resumes exactly, on any
@@ -16,7 +17,7 @@ number of ranks.
 
     python data.py pack out/demo/pretrain --tokenizer out/tok --out out/shards
     python data.py check corpus.jsonl            # the first bad line, with file:line and why
-    python data.py show out/shards --rows 2      # what a batch looks like
+    python data.py show out/shards --rows 2      # how documents share rows
 
 Batches are dicts of (B, T) tensors: ids; targets, already shifted, −100 where nothing is trained (a
 document's last token predicts nothing of the next); doc_ids, which attention needs to keep documents apart.
@@ -44,16 +45,15 @@ import common
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained
-WAITING = 256  # documents that wait for a row: more fill gaps better and mix neighbours less far
+WAITING = 256  # pieces that wait for a row: a larger pool leaves smaller gaps
 BLOCK = 1 << 20  # bytes of documents that a packing worker takes at a time
 
-# --- 1. packing
-# ------------------------------------------------------------------------------------------------
+# --- 1. packing --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class PackConfig:
-    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, .jsonl.gz files, or folders of them
+    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, both also as .gz, or folders of them
     tokenizer: str  # folder of the tokenizer
     out: str  # folder to write
     val_ratio: float = 0.01  # share of the documents kept for validation
@@ -156,7 +156,7 @@ def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> list[tuple]:
         if not text.strip():
             continue
         data = text.encode()
-        draw = int.from_bytes(hashlib.sha256(data).digest()[:8]) / 2**64
+        draw = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
         ids, sizes = parts["val" if draw < _worker["val_ratio"] else "train"]
         document = _worker["tokenizer"].encode_document(text)
         ids.append(np.asarray(document, np.uint32))
@@ -206,8 +206,7 @@ class ShardWriter:
         }
 
 
-# --- 2. shards
-# -------------------------------------------------------------------------------------------------
+# --- 2. shards ---------------------------------------------------------------------------------------------
 
 
 class Shards:
@@ -272,15 +271,15 @@ def _read_index(path: Path, entry: dict) -> np.ndarray:
     return offsets
 
 
-# --- 3. the stream of rows
-# -------------------------------------------------------------------------------------
+# --- 3. the stream of rows ---------------------------------------------------------------------------------
 
 
 def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
     """Give the element at `position` of a random permutation of range(count), without storing it.
 
-    A Feistel network permutes the next power of four; what falls outside is permuted again until it is inside
-    (cycle walking; Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    So the state of a shuffled corpus is one integer, whatever its size. A Feistel network permutes the next
+    power of four; what falls outside is permuted again until it is inside (cycle walking; Black & Rogaway
+    2002, "Ciphers with Arbitrary Finite Domains").
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -420,13 +419,12 @@ def validation_batches(
         yield collate(shards, mine[i : i + rows], width)
 
 
-# --- 4. looking
-# ------------------------------------------------------------------------------------------------
+# --- 4. looking --------------------------------------------------------------------------------------------
 
 
 @dataclass
 class CheckConfig:
-    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, .jsonl.gz files, or folders of them
+    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, both also as .gz, or folders of them
 
 
 def check(config: CheckConfig) -> None:
@@ -448,7 +446,7 @@ class ShowConfig:
 
 
 def show(config: ShowConfig) -> None:
-    """Print rows of the training stream: documents between bars, what is not trained in brackets."""
+    """Print rows of the training stream, bars between documents; filling goes to stderr."""
     tokenizer: Tokenizer = load_tokenizer(config.folder)
     stream = RowStream(Shards([config.folder], "train"), config.length, config.seed)
     for _ in range(config.rows):

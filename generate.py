@@ -39,8 +39,7 @@ from checkpoint import load_model, model_folder
 from model import Attention, KVCache, Linear, Model
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- 1. loading
-# ----------------------------------------------------------------------------------------------
+# --- 1. loading --------------------------------------------------------------------------------------------
 
 
 def load(
@@ -133,8 +132,7 @@ def fuse(model: Model) -> Model:
     return model.requires_grad_(False).eval()
 
 
-# --- 2. sampling
-# ---------------------------------------------------------------------------------------------
+# --- 2. sampling -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -170,7 +168,7 @@ def logits_to_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         ordered, index = probs.sort(descending=True)
         before = (
             ordered.cumsum(-1) - ordered
-        )  # a token stays if the likelier ones do not reach top_p without it
+        )  # a token stays if the likelier ones do not exceed top_p without it
         probs[index[before > sampling.top_p]] = 0
         probs /= probs.sum()
     return probs
@@ -183,8 +181,7 @@ def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator)
     return int(torch.multinomial(logits_to_probs(logits, sampling), 1, generator=generator))
 
 
-# --- 3. decoding
-# ---------------------------------------------------------------------------------------------
+# --- 3. decoding -------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -269,8 +266,7 @@ def score(model: Model, ids: Sequence[int]) -> torch.Tensor:
     return F.cross_entropy(logits, row[0, 1:], reduction="none")
 
 
-# --- 4. command line
-# -----------------------------------------------------------------------------------------
+# --- 4. command line ---------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -505,9 +505,9 @@ def init_weights(model: nn.Module, seed: int, std: float | None = None) -> None:
     """Draw every weight from N(0, std²), residual outputs from N(0, std²/2L); norms 1, biases 0.
 
     By default std = √(2/5C) follows the width: 0.04 at C = 256, 0.014 at 4096; the usual 0.02 starts a narrow
-    model too quietly (SmallInit: Nguyen & Salazar 2019, "Transformers without Tears"; the residual outputs: GPT-2
-    report, section 2.3). Each parameter has its own generator, seeded by `seed` and its name: the
-    values depend neither on the number of ranks nor on which other parameters exist.
+    model too quietly (SmallInit: Nguyen & Salazar 2019, "Transformers without Tears"; residual outputs: GPT-2
+    report, section 2.3). Each parameter has its own generator, seeded by `seed` and its name: the values
+    depend neither on the number of ranks nor on which other parameters exist.
     """
     layers = model.config.num_hidden_layers
     std = std or math.sqrt(2 / (5 * model.config.hidden_size))

@@ -37,11 +37,12 @@ stage() {  # stage NAME COMMAND...: run it, its output goes to NAME.log, one lin
 }
 
 stage corpus "$PYTHON" demo_corpus.py --out "$out/demo"
-stage tokenizer "$PYTHON" tokenizer.py train "$out/demo/pretrain" --vocab_size 3072 --out "$out/tok"
+stage tokenizer "$PYTHON" tokenizer.py train "$out/demo/pretrain" --vocab_size 3072 \
+    --character_coverage 1 --out "$out/tok"
 stage pack "$PYTHON" data.py pack "$out/demo/pretrain" --tokenizer "$out/tok" --out "$out/shards"
 
 train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
-       --lr 4e-3 --schedule wsd --decay 0.4 --warmup 30 --min_lr 0.02 --save_every 0 --eval_every 100)
+       --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02 --save_every 0 --eval_every 100)
 if [ "$budget" = auto ]; then
     # the probe: a few steps tell the tokens per second; pretraining may take four minutes
     stage probe "${train[@]}" --out "$out/probe" --steps 12 --eval_every 0
@@ -49,12 +50,12 @@ if [ "$budget" = auto ]; then
 import json, statistics, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 reach = 240 * statistics.median(r["tokens_per_second"] for r in rows if "loss" in r)
-print("full" if reach > FULL else "half" if reach > FULL / 2 else "quarter")
+print("full" if reach > 2.8e6 else "half" if reach > 1.4e6 else "quarter")
 PY
 )
     rm -r "$out/probe"
 fi
-case $budget in full) tokens=FULL ;; half) tokens=HALF ;; quarter) tokens=QUARTER ;; tiny) tokens=40960 ;; esac
+case $budget in full) tokens=2800000 ;; half) tokens=1400000 ;; quarter) tokens=700000 ;; tiny) tokens=40000 ;; esac
 echo "budget: $budget, $tokens tokens"
 stage pretrain "${train[@]}" --tokens "$tokens" --out "$out/run"
 stage sample "$PYTHON" generate.py "$out/run" --prompt "大家都知道，" --max_new_tokens 60 --temperature 0.7

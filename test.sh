@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv, install what the tests need, run every test. Further arguments go to pytest:
-#   bash test.sh                    all tests
+# Make .venv, install what the tests need, run the tests. Further arguments go to pytest:
+#   bash test.sh                    every test but the fault injections
 #   bash test.sh -k tokenizer       some of them
 #   bash test.sh -m faults          the ones that kill processes at bad moments
 set -euo pipefail

@@ -2,23 +2,20 @@
 
     loss = Σ nll over all trained tokens of the step / their number
 
-`fit` is the one loop of pretraining, instruction tuning, reward model and DPO: they differ in `loss(model,
-batch) -> (sum, count, logs)` and in their batches. A step adds up the gradients of its micro-batches and
-ranks and divides once by the number of trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2
-ranks x 4 agree.
+`fit` knows nothing of text: what a stage trains on comes in as batches and a `loss(model, batch) -> (sum,
+count, logs)`. A step adds up the gradients of its micro-batches and ranks and divides once by the number of
+trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 agree.
 
     python train.py --preset demo --data out/shards --out out/run --tokens_per_step 8192 --epochs 3
     torchrun --nproc_per_node 8 train.py --preset xuanyuan-6b --data out/zh,out/en --out out/run
-    python train.py --resume --out out/run                         # goes on exactly where the last step was
-    saved python train.py --init out/other --data out/shards --out out/run2     # takes weights, starts
-    afresh
+    python train.py --resume --out out/run                                  # goes on exactly
+    python train.py --init out/run --data out/shards --out out/run2         # takes weights, starts afresh
 
 A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
 (a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
 --resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop.
 
-Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay); Hoffmann et al. 2022
-(tokens).
+Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay).
 """
 
 from __future__ import annotations
@@ -45,8 +42,7 @@ from model import FROM_TOKENIZER, PRESETS, ModelConfig, build, flops_per_token, 
 from parallel import gradient_sync, parallelize, unwrap
 from tokenizer import Tokenizer, load_tokenizer
 
-# --- 1. settings
-# ---------------------------------------------------------------------------------------------
+# --- 1. settings -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -56,7 +52,7 @@ class FitConfig:
     out: str  # folder of the run
     resume: bool = False  # go on from the newest whole step of --out, with the settings it was started with
     lr: float = 5e-4  # highest learning rate
-    min_lr: float = 0.1  # the schedule ends at this share of lr
+    final_lr: float = 0.1  # where the schedule ends, as a share of lr
     schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last --decay
     warmup: int = 100  # steps of linear increase from 0; at most a tenth of all steps
     decay: float = 0.2  # wsd: share of the steps that decays
@@ -94,8 +90,7 @@ class TrainConfig(FitConfig):
     sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
 
 
-# --- 2. schedule and optimizer
-# -------------------------------------------------------------------------------
+# --- 2. schedule and optimizer -----------------------------------------------------------------------------
 
 
 def learning_rate(step: int, steps: int, cfg: FitConfig) -> float:
@@ -105,9 +100,9 @@ def learning_rate(step: int, steps: int, cfg: FitConfig) -> float:
         return cfg.lr * (step + 1) / warmup
     if cfg.schedule == "cosine":
         share = (step - warmup) / max(1, steps - 1 - warmup)
-        return cfg.lr * (cfg.min_lr + (1 - cfg.min_lr) * (1 + math.cos(math.pi * share)) / 2)
+        return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * share)) / 2)
     decay = max(1, round(cfg.decay * steps))
-    return cfg.lr * (1 - (1 - cfg.min_lr) * max(0, step + 1 - (steps - decay)) / decay)
+    return cfg.lr * (1 - (1 - cfg.final_lr) * max(0, step + 1 - (steps - decay)) / decay)
 
 
 def make_optimizer(model: nn.Module, cfg: FitConfig) -> torch.optim.Optimizer:
@@ -132,8 +127,7 @@ PEAK_TFLOPS = {
 }
 
 
-# --- 3. the loop
-# ---------------------------------------------------------------------------------------------
+# --- 3. the loop -------------------------------------------------------------------------------------------
 
 Loss = Callable[[nn.Module, dict], tuple[torch.Tensor, torch.Tensor, dict]]
 
@@ -154,10 +148,9 @@ def fit(
 ) -> int:
     """Train a parallelized, initialised model for `steps` optimizer steps; return the process's exit code.
 
-    batches     per step a list of this rank's micro-batches (dicts), with state() and load_state():
-    data.Batches loss        (model, batch) -> (sum, count, logs): the summed loss with its graph, the
-    number of trained tokens
-                or pairs, and {name: (sum, count)} to log
+    batches     per step a list of this rank's micro-batches, with state() and load_state(), as data.Batches
+    loss        (model, batch) -> (sum, count, logs): the summed loss with its graph, the number of trained
+                tokens or pairs, and {name: (sum, count)} to log
     evaluate    model -> {name: number or text}, called by all ranks every cfg.eval_every steps and at the end
     identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
     flops       floating-point operations per trained token, for MFU
@@ -196,9 +189,12 @@ def fit(
                 value, count, logs = loss(model, batch)
                 value.backward()
             total.add(loss=(value, count), **logs)
-        total.add(stop=(float(bool(stop)), 1))
+        total.add(stop=(float(bool(stop)), 1))  # through the sum, so that all ranks stop at the same step
         sums = total.over_ranks()
-        loss_sum, count = sums["loss"][0], max(1.0, sums["loss"][1])  # nothing to train: nothing moves
+        loss_sum, count = (
+            sums["loss"][0],
+            max(1.0, sums["loss"][1]),
+        )  # a step without a trained token: no 0 / 0
 
         grads = [p.grad for p in params if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / count
@@ -240,7 +236,7 @@ def fit(
                 checkpoint.prune(run, cfg.keep)
         if stopping:
             log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
-            return stop.exit_code or 143
+            return stop.exit_code or 143  # no signal: the launcher died
     log.say(f"finished: {step} steps, {common.human(tokens)} tokens in {run}")
     return 0
 
@@ -360,8 +356,7 @@ class RunLog:
             self.say(problem)
 
 
-# --- 4. pretraining
-# ------------------------------------------------------------------------------------------
+# --- 4. pretraining ----------------------------------------------------------------------------------------
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:

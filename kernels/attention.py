@@ -27,13 +27,13 @@ def attention(
 
     q (B, H, T, D); k, v (B, K, S, D) with H a multiple of K; lo (B, T) integer, default 0; start (B,)
     integer, default S − T; slopes (H,) for ALiBi. Returns (B, H, T, D) in q's dtype. Only this definition
-    builds a (T, S) mask, and only where one of the three options asks for it.
+    builds a (T, S) mask.
     """
     T, S = q.shape[2], k.shape[2]
     grouped = q.shape[1] != k.shape[1]
     plain = lo is None and start is None and slopes is None and T in (1, S)
-    short = q.is_cpu and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
-    if plain and not short:
+    dense_is_faster = q.is_cpu and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
+    if plain and not dense_is_faster:
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
     key = torch.arange(S, device=q.device)
     offset = torch.tensor([S - T], device=q.device) if start is None else start
@@ -43,7 +43,7 @@ def attention(
         visible = visible & (key >= lo[..., None])
     visible = visible[:, None]  # (B or 1, 1, T, S)
     if slopes is None:
-        if short and bool(visible.any(-1).all()):
+        if dense_is_faster and bool(visible.any(-1).all()):  # a row without keys would be 0 / 0 there
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if grouped else t for t in (k, v))
             return _DenseAttention.apply(q, k, v, visible)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
@@ -96,7 +96,6 @@ def attention_decode(
     T = q.shape[2]
     used = int(lengths.max()) + T  # the rest of the cache holds nothing that anyone sees
     k, v = k_cache[:, :, :used], v_cache[:, :, :used]
-    same_length = q.shape[0] == 1
-    if same_length and T == 1 and slopes is None:
+    if q.shape[0] == 1 and T == 1 and slopes is None:
         return attention(q, k, v)
     return attention(q, k, v, start=lengths, slopes=slopes)

@@ -18,9 +18,7 @@ def int8_linear(
     x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Multiply x (..., K) by an int8 weight: q (N, K), scale (N,), bias (N,) → (..., N) in x's dtype."""
-    y = F.linear(x, q.to(x.dtype)) * scale.to(
-        x.dtype
-    )  # int8 is exact in bf16, so scaling afterwards loses nothing
+    y = F.linear(x, q.to(x.dtype)) * scale.to(x.dtype)  # int8 is exact in bf16: no weight is rounded
     return y if bias is None else y + bias.to(x.dtype)
 
 

@@ -31,7 +31,9 @@ def test_kneser_ney_equals_a_hand_worked_example():
 
 def test_kneser_ney_prefers_text_like_its_own():
     model = bench.KneserNey(["今天天气很好，我们去公园。" * 3] * 5)
-    assert model.bits("今天天气很好") < 0.5 * model.bits("好很气天天今") and math.isfinite(model.bits("没见过😀"))
+    assert model.bits("今天天气很好") < 0.5 * model.bits("好很气天天今") and math.isfinite(
+        model.bits("没见过😀")
+    )
 
 
 def test_train_and_decode_benches_agree_with_transformers():
@@ -41,5 +43,7 @@ def test_train_and_decode_benches_agree_with_transformers():
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "first loss" in line]
     assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=2e-3)
-    done = run_script("bench.py", "decode", *"--layers 1 --prompt 4 --new 4 --rounds 1".split(), OMP_NUM_THREADS=1)
+    done = run_script(
+        "bench.py", "decode", *"--layers 1 --prompt 4 --new 4 --rounds 1".split(), OMP_NUM_THREADS=1
+    )
     assert done.returncode == 0 and "x transformers" in done.stdout, done.stderr

@@ -27,7 +27,20 @@ ONE = common.Process(0, 1, "cpu")
 # small, but with everything in it that resuming could get wrong: dropout, accumulation, documents longer than a row
 FLAGS = [
     *("--preset", "tiny", "--tokens_per_step", "512", "--micro_tokens", "256", "--row_tokens", "64"),
-    *("--steps", "12", "--lr", "3e-3", "--warmup", "3", "--dropout", "0.1", "--save_every", "3", "--keep", "2"),
+    *(
+        "--steps",
+        "12",
+        "--lr",
+        "3e-3",
+        "--warmup",
+        "3",
+        "--dropout",
+        "0.1",
+        "--save_every",
+        "3",
+        "--keep",
+        "2",
+    ),
     *("--eval_every", "6", "--log_every", "100", "--peak_tflops", "1", "--dtype", "float32"),
 ]
 
@@ -39,11 +52,16 @@ def shards(tmp_path_factory):
     draw = random.Random(0)
     names, things = "王小明 李红 张伟 赵静 陈东".split(), "书 笔 灯 伞 琴 画 茶杯 木船".split()
     rows = [
-        "。".join(f"{draw.choice(names)}有{draw.randint(2, 99)}个{draw.choice(things)}" for _ in range(draw.randint(2, 20)))
+        "。".join(
+            f"{draw.choice(names)}有{draw.randint(2, 99)}个{draw.choice(things)}"
+            for _ in range(draw.randint(2, 20))
+        )
         for _ in range(600)
     ]
     corpus = folder / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps({"text": r}, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    corpus.write_text(
+        "".join(json.dumps({"text": r}, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
+    )
     tok.train(tok.Train((str(corpus),), out=str(folder / "tok"), vocab_size=320))
     data.pack(data.PackConfig((str(corpus),), str(folder / "tok"), str(folder / "shards"), 0.05, workers=1))
     return folder / "shards"
@@ -95,11 +113,11 @@ def finished_by_two(shards, tmp_path_factory):
 
 
 def test_learning_rate_has_the_golden_values():
-    cfg = train.FitConfig("x", lr=1.0, min_lr=0.1, warmup=4)
+    cfg = train.FitConfig("x", lr=1.0, final_lr=0.1, warmup=4)
     at = [train.learning_rate(s, 100, cfg) for s in (0, 1, 3, 4, 51, 99)]
     middle = 0.1 + 0.9 * (1 + math.cos(math.pi * 47 / 95)) / 2
     assert at == pytest.approx([0.25, 0.5, 1.0, 1.0, middle, 0.1])
-    wsd = train.FitConfig("x", lr=1.0, min_lr=0.0, warmup=10, schedule="wsd", decay=0.2)
+    wsd = train.FitConfig("x", lr=1.0, final_lr=0.0, warmup=10, schedule="wsd", decay=0.2)
     at = [train.learning_rate(s, 100, wsd) for s in (0, 9, 10, 79, 80, 89, 99)]
     assert at == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.95, 0.5, 0.0])
 
@@ -128,7 +146,9 @@ def one_step(tmp_path, batches, micro_rows, clip=0.0):
         def state(self):
             return {}
 
-    cfg = train.FitConfig(str(tmp_path / f"micro{micro_rows}"), lr=1e-2, clip=clip, dtype="float32", peak_tflops=1.0)
+    cfg = train.FitConfig(
+        str(tmp_path / f"micro{micro_rows}"), lr=1e-2, clip=clip, dtype="float32", peak_tflops=1.0
+    )
     assert train.fit(model, Fixed(), cfg, train.next_token_loss, steps=1, process=ONE, identity={}) == 0
     return model, cfg
 
@@ -175,7 +195,10 @@ def test_two_ranks_agree_with_one(finished, finished_by_two, shards, tmp_path):
     run(shards, tmp_path / "two", "--dropout", "0", ranks=2)
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one == pytest.approx(two, rel=2e-5)
-    tokens = [[r["tokens"] for r in common.read_metrics(tmp_path / n / "metrics.jsonl") if "tokens" in r] for n in ("one", "two")]
+    tokens = [
+        [r["tokens"] for r in common.read_metrics(tmp_path / n / "metrics.jsonl") if "tokens" in r]
+        for n in ("one", "two")
+    ]
     assert tokens[0] == tokens[1]
 
 
@@ -183,7 +206,9 @@ def test_the_run_learns_and_logs_every_step(finished):
     out, printed = finished
     rows = [r for r in common.read_metrics(out / "metrics.jsonl") if "loss" in r]
     assert [r["step"] for r in rows] == list(range(1, 13))
-    assert rows[0]["loss"] == pytest.approx(math.log(320), rel=0.05) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    assert (
+        rows[0]["loss"] == pytest.approx(math.log(320), rel=0.05) and rows[-1]["loss"] < rows[0]["loss"] - 0.5
+    )
     for key in ("lr", "grad_norm", "tokens_per_second", "mfu", "memory_bytes", "tokens", "seconds"):
         assert all(math.isfinite(r[key]) for r in rows), key
     for word in ("parameters", "per parameter", "FLOPs: 6 x", "left", "val_bits_per_byte", "sample"):
@@ -205,7 +230,9 @@ def test_validation_loss_and_bits_per_byte_are_those_of_a_plain_sum(finished, sh
     nats = count = 0
     for d in range(len(val)):
         ids = torch.from_numpy(val.read(d, 0, 10**9))[None]
-        for a in range(0, ids.shape[1] - 1, 64):  # rows of 64: a longer document is cut, each token predicted once
+        for a in range(
+            0, ids.shape[1] - 1, 64
+        ):  # rows of 64: a longer document is cut, each token predicted once
             piece = ids[:, a : a + 65]
             nats += F.cross_entropy(model(piece[:, :-1])[0], piece[0, 1:], reduction="sum").item()
             count += piece.shape[1] - 1
@@ -264,7 +291,9 @@ def test_resume_on_another_number_of_ranks_goes_on(shards, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     run(shards, one, "--dropout", "0")
     run(shards, two, "--dropout", "0", "--steps", "6", "--schedule", "wsd", "--warmup", "0", ranks=2)
-    done = run(shards, two, "--resume", "--dropout", "0", "--steps", "9", "--schedule", "wsd", "--warmup", "0")
+    done = run(
+        shards, two, "--resume", "--dropout", "0", "--steps", "9", "--schedule", "wsd", "--warmup", "0"
+    )
     assert "saved by 2 processes" in done.stdout
     assert len(losses(two)) == 9 and losses(two)[-1] < losses(two)[0]
 
