@@ -625,6 +625,15 @@ def load_step(folder: Path, model, optimizer, process) -> dict:
     return manifest["extra"]
 
 
+def set_aside(run: Path, newest: Path) -> None:
+    """Rename the steps after `newest`, which are damaged, so that they neither count nor get in the way."""
+    for folder in saved_steps(run):
+        if folder.name > newest.name:
+            target = folder.with_name(folder.name + ".damaged")
+            shutil.rmtree(target, ignore_errors=True)
+            folder.rename(target)
+
+
 def prune(run: Path, keep: int) -> None:
     """Delete all but the newest `keep` steps, and what a killed save left behind."""
     for folder in saved_steps(run)[:-keep] if keep else []:

@@ -61,7 +61,7 @@ def run(*commands: Callable, doc: str = "") -> None:
         os._exit(2)  # not sys.exit: another rank may still wait in a collective, and atexit would wait for it
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        os._exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os._exit(0)
 
@@ -193,9 +193,11 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
     has changed.
     """
     folder = Path(folder)
+    tmp, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # a kill between the two renames of `publish`
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and is not empty; choose another --out or remove it")
-    tmp = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(tmp, ignore_errors=True)
     tmp.mkdir(parents=True)
     try:
@@ -208,7 +210,7 @@ def atomic_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]
 
 def publish(tmp: Path, folder: Path) -> None:
     """Put a finished folder in its place: contents reach the disk first, then one rename makes it visible."""
-    for path in (p for p in tmp.rglob("*") if p.is_file()):
+    for path in tmp.rglob("*"):  # files, and the folders that list them
         sync(path)
     sync(tmp)
     if folder.exists():
@@ -364,9 +366,12 @@ def start_process(device: str = "auto") -> Process:
     rank, world, local = (
         int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
-    if device == "auto":
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda"):
+    if device not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"--device {device}: expected auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here")
+    device = "cpu" if device == "cpu" or not torch.cuda.is_available() else f"cuda:{local}"
+    if device != "cpu":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
@@ -411,7 +416,7 @@ class StopSignal:
     def __init__(self):
         self.asked = False
         self.exit_code = 0
-        self.parent = os.getppid()
+        self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
 
@@ -421,7 +426,7 @@ class StopSignal:
         self.asked, self.exit_code = True, 128 + number
 
     def __bool__(self) -> bool:
-        return self.asked or os.getppid() != self.parent
+        return self.asked or (self.launcher is not None and os.getppid() != self.launcher)
 
 
 def peak_memory(device: str) -> int:

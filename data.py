@@ -217,6 +217,9 @@ class Shards:
 
     def __init__(self, folders: list[str | Path], part: str):
         self.ids, self.offsets, self.digests = [], [], []
+        for folder in folders:
+            if not (Path(folder) / "shards.json").exists():
+                raise ValueError(f"{folder}: not a folder written by data.py pack (no shards.json)")
         self.reports = [common.read_json(Path(f) / "shards.json") for f in folders]
         if len({r["tokenizer"] for r in self.reports}) > 1:
             raise ValueError(f"{', '.join(map(str, folders))} were packed with different tokenizers")
@@ -307,16 +310,17 @@ class RowStream:
         if not len(shards):
             raise ValueError("this part of the packed data holds no documents")
         self.shards, self.row, self.seed, self.shuffle = shards, row, seed, shuffle
-        self.epoch = self.position = 0  # of the next document to be drawn
+        self.epoch = self.position = self.start = 0  # of the next piece to be drawn
         self.waiting: list[Piece] = []  # in the order of arrival
 
     def state(self) -> dict:
         """Everything that the next rows depend on, as JSON."""
-        return {"epoch": self.epoch, "position": self.position, "waiting": [list(p) for p in self.waiting]}
+        waiting = [list(p) for p in self.waiting]
+        return {"epoch": self.epoch, "position": self.position, "start": self.start, "waiting": waiting}
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken."""
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.epoch, self.position, self.start = state["epoch"], state["position"], state["start"]
         self.waiting = [tuple(p) for p in state["waiting"]]
 
     def _refill(self) -> None:
@@ -328,10 +332,12 @@ class RowStream:
             document = self.position
             if self.shuffle:
                 document = shuffled(document, len(self.shards), self.seed, self.epoch)
-            self.position += 1
             length = self.shards.length(document)
-            for start in range(0, length, self.row):  # only a document longer than a row is cut
-                self.waiting.append((document, start, min(self.row, length - start)))
+            count = min(self.row, length - self.start)  # only a document longer than a row is cut
+            self.waiting.append((document, self.start, count))
+            self.start += count
+            if self.start == length:
+                self.position, self.start = self.position + 1, 0
 
     def __iter__(self) -> Iterator[list[Piece]]:
         return self
@@ -342,9 +348,8 @@ class RowStream:
             raise StopIteration
         pieces = [self.waiting.pop(0)]
         room = self.row - pieces[0][2]
-        by_length = sorted(
-            range(len(self.waiting)), key=lambda i: (self.waiting[i][2], -i)
-        )  # oldest of equals last
+        # bisect takes the last that fits: the longest, and the oldest among equals
+        by_length = sorted(range(len(self.waiting)), key=lambda i: (self.waiting[i][2], -i))
         lengths = [self.waiting[i][2] for i in by_length]
         taken = []
         while room and (fit := bisect.bisect_right(lengths, room)):
@@ -352,7 +357,8 @@ class RowStream:
             taken.append(by_length.pop(fit - 1))
             room -= self.waiting[taken[-1]][2]
         pieces += [self.waiting[i] for i in taken]
-        self.waiting = [p for i, p in enumerate(self.waiting) if i not in set(taken)]
+        for i in sorted(taken, reverse=True):
+            del self.waiting[i]
         return pieces
 
 

@@ -30,13 +30,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 
 import common
 import kernels
 from checkpoint import load_model, model_folder
-from model import Attention, KVCache, Linear, Model
+from model import Attention, Head, KVCache, Linear, Model
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
@@ -53,6 +52,8 @@ def load(
     model = load_model(folder, dtype, device)
     if dtype is None and common.best_dtype(device) == torch.float32:
         model.float()
+    if model.config.head != "lm":
+        raise ValueError(f"{folder}: a model without a language-model head cannot write")
     tokenizer = load_tokenizer(folder)
     if tokenizer.vocab_size > model.config.vocab_size:
         have, need = model.config.vocab_size, tokenizer.vocab_size
@@ -82,8 +83,12 @@ class RowLinear(Linear):
         """Map (..., in) to (..., out)."""
         if x.numel() > x.shape[-1] or not x.is_cpu:
             return super().forward(x)
-        y = torch.mv(self.weight, x.reshape(-1))
-        return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
+        y = torch.mv(self.weight.to(x.dtype), x.reshape(-1))
+        return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], -1)
+
+
+class RowHead(Head, RowLinear):
+    """The head for inference: still gives losses where targets are given."""
 
 
 class FusedAttention(Attention):
@@ -115,6 +120,8 @@ def fuse(model: Model) -> Model:
     """Stack q, k, v and gate, up of every layer, in place, for inference."""
     for layer in model.layers:
         attn, mlp = layer.self_attn, layer.mlp
+        if isinstance(attn.o_proj, RowLinear):
+            return model  # fused already
         if not attn.fused:
             attn.qkv_proj = RowLinear.of(attn.q_proj, attn.k_proj, attn.v_proj)
             del attn.q_proj, attn.k_proj, attn.v_proj
@@ -127,7 +134,7 @@ def fuse(model: Model) -> Model:
         else:
             mlp.up_proj, mlp.down_proj = RowLinear.of(mlp.up_proj), RowLinear.of(mlp.down_proj)
     if model.config.head == "lm":
-        model.lm_head = RowLinear.of(model.lm_head)
+        model.lm_head = RowHead.of(model.lm_head)
         model.tie()
     return model.requires_grad_(False).eval()
 
@@ -195,6 +202,8 @@ def decode(
     """
     samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
     assert len(samplings) == len(prompts)
+    if not prompts:
+        return
     if not all(prompts):
         raise ValueError("a prompt is empty, and this tokenizer has no beginning-of-text token to start from")
     device = model.embed_tokens.weight.device
@@ -262,8 +271,7 @@ def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], sampling: Samp
 def score(model: Model, ids: Sequence[int]) -> torch.Tensor:
     """Give the negative log-likelihood of each token after the first: (len(ids) − 1,) fp32, in nats."""
     row = torch.tensor([list(ids)], device=model.embed_tokens.weight.device)
-    logits = model(row[:, :-1])[0].float()
-    return F.cross_entropy(logits, row[0, 1:], reduction="none")
+    return model(row[:, :-1], row[:, 1:])[0]
 
 
 # --- 4. command line ---------------------------------------------------------------------------------------
@@ -312,7 +320,7 @@ def _complete(model: Model, tokenizer: Tokenizer, prompt: str, config: GenerateC
     if config.echo:
         print(prompt, end="", flush=True)
     ids = tokenizer.encode_prompt(prompt)
-    start, count = time.perf_counter(), 0
+    start, count = time.perf_counter(), -1  # the last text is what the stream held back, not a token
     for text in stream(model, tokenizer, ids, config):
         count += 1
         print(text, end="", flush=True)
@@ -321,7 +329,7 @@ def _complete(model: Model, tokenizer: Tokenizer, prompt: str, config: GenerateC
     if sys.stderr.isatty():
         size = sum(p.numel() * p.itemsize for p in model.parameters())
         rate = f"{count / seconds:.1f} tokens/s, {count * size / seconds / 1e9:.1f} GB/s of weights"
-        print(f"[{count} tokens, {rate}]", file=sys.stderr)
+        print(f"[{count} tokens with the prompt's time, {rate}]", file=sys.stderr)
 
 
 def _complete_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> None:
@@ -333,7 +341,7 @@ def _complete_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
-    prompts = [line for line in lines if line.strip()]
+    prompts = [line.rstrip("\r") for line in lines if line.strip()]
     for i in range(0, len(prompts), config.batch):
         part = prompts[i : i + config.batch]
         for prompt, new in zip(part, generate(model, [tokenizer.encode_prompt(p) for p in part], config)):

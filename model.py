@@ -444,6 +444,10 @@ class Model(nn.Module):
         model's context.
         """
         B, T = ids.shape
+        if targets is not None and self.config.head != "lm":
+            raise ValueError(
+                f"a model with head {self.config.head!r} predicts no tokens; targets have no meaning"
+            )
         x = self.embed_tokens(ids)  # (B, T, C)
         x = x.to(self.compute_dtype or x.dtype)
         if self.embed_norm is not None:

@@ -32,7 +32,7 @@ stage() {  # stage NAME COMMAND...: run it, its output goes to NAME.log, one lin
         echo "error: the stage $name failed; all of its output is in $out/$name.log" >&2
         exit 1
     fi
-    printf '%-10s %3d s   %s\n' "$name" $((SECONDS - start)) "$(tail -n 1 "$out/$name.log")"
+    printf '%-10s %3d s   %s\n' "$name" $((SECONDS - start)) "$(grep . "$out/$name.log" | tail -n 1)"
     summary+="$name $((SECONDS - start)) s, "
 }
 

@@ -7,13 +7,14 @@ count, logs)`. A step adds up the gradients of its micro-batches and ranks and d
 trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 agree.
 
     python train.py --preset demo --data out/shards --out out/run --tokens_per_step 8192 --epochs 3
-    torchrun --nproc_per_node 8 train.py --preset xuanyuan-6b --data out/zh,out/en --out out/run
+    torchrun --nproc_per_node 8 train.py --preset phi2-chinese-0.2b --data out/zh,out/en --out out/run
     python train.py --resume --out out/run                                  # goes on exactly
     python train.py --init out/run --data out/shards --out out/run2         # takes weights, starts afresh
 
 A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
 (a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
---resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop.
+--resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop (torchrun
+kills its processes 30 s after a SIGTERM; its --shutdown-timeout gives a large model more time).
 
 Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay).
 """
@@ -73,6 +74,17 @@ class FitConfig:
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
     peak_tflops: float = 0.0  # of one device, for MFU; 0: known GPUs from a table, else measured at the start
+
+    def __post_init__(self):
+        for name in ("tokens_per_step", "micro_tokens", "log_every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in ("lr", "final_lr", "warmup", "decay", "weight_decay", "clip", "eval_every", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
 
 
 @dataclass
@@ -142,6 +154,7 @@ def fit(
     steps: int,
     process: common.Process,
     identity: dict,
+    settings: dict | None = None,
     tokenizer: Tokenizer | None = None,
     flops: float = 0.0,
     first_loss: float = 0.0,
@@ -153,6 +166,7 @@ def fit(
                 tokens or pairs, and {name: (sum, count)} to log
     evaluate    model -> {name: number or text}, called by all ranks every cfg.eval_every steps and at the end
     identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
+    settings    JSON for run.json, written once it is sure that the run can start or go on
     flops       floating-point operations per trained token, for MFU
     first_loss  what the first step should show (ln V for fresh weights), 0 if unknown
 
@@ -171,7 +185,10 @@ def fit(
     step = tokens = 0
     if cfg.resume and checkpoint.saved_steps(run):
         step, tokens = _resume(run, model, optimizer, batches, process, identity)
+    process.barrier()  # all ranks have looked at the folder before one writes into it
     log = RunLog(run, step, steps, cfg.log_every, process)
+    if process.first and settings:
+        common.write_json(run / "run.json", settings)
     stop = common.StopSignal()
     saved = step
     model.train()
@@ -222,11 +239,7 @@ def fit(
                 f"warning: the first loss is {means['loss']:.3f}; fresh weights should give {first_loss:.3f}"
             )
 
-        stopping = sums["stop"][0] > 0
-        if evaluate and not stopping and (step == steps or (cfg.eval_every and step % cfg.eval_every == 0)):
-            model.eval()
-            log.evaluation(step, evaluate(model))
-            model.train()
+        stopping = sums["stop"][0] > 0 and step < steps
         if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0):
             extra = {"step": step, "tokens": tokens, "batches": batches.state(), "identity": identity}
             dtype = getattr(torch, cfg.save_dtype)
@@ -234,6 +247,10 @@ def fit(
             saved = step
             if process.first:
                 checkpoint.prune(run, cfg.keep)
+        if evaluate and not stopping and (step == steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+            model.eval()
+            log.evaluation(step, evaluate(model))
+            model.train()
         if stopping:
             log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
             return stop.exit_code or 143  # no signal: the launcher died
@@ -250,6 +267,8 @@ def _resume(run: Path, model, optimizer, batches, process, identity: dict) -> tu
         lines = [f"  {k}: {extra['identity'].get(k)!r} when saved, {identity[k]!r} now" for k in changed]
         raise ValueError("\n".join([f"{folder} cannot be resumed, because this changed:", *lines]))
     checkpoint.load_step(folder, model, optimizer, process)
+    if process.first:
+        checkpoint.set_aside(run, folder)
     batches.load_state(extra["batches"])
     if process.first:
         print(f"resuming from {folder}")
@@ -394,6 +413,8 @@ class Evaluation:
         self.shards, self.tokenizer, self.process, self.width = shards, tokenizer, process, width
         self.rows = max(1, cfg.micro_tokens // width)
         self.prompt = tokenizer.encode_prompt(cfg.sample)
+        if len(self.prompt) >= width:
+            raise ValueError(f"--sample is {len(self.prompt)} tokens long; a row has {width}")
 
     def __call__(self, model: nn.Module) -> dict:
         """Evaluate; rank 0 writes the sample."""
@@ -407,8 +428,17 @@ class Evaluation:
 
 def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     """Resolve --init, --preset and what changes them into the shape to train, with the tokenizer's ids."""
+    if cfg.resume:  # the run knows its shape; the folders that it came from may be gone
+        return ModelConfig(
+            **{**common.read_json(Path(cfg.out) / "run.json")["model"], "dropout": cfg.dropout}
+        )
     if cfg.init:
-        config = checkpoint.read_config(checkpoint.model_folder(cfg.init))
+        folder = checkpoint.model_folder(cfg.init)
+        config = checkpoint.read_config(folder)
+        if (folder / "tokenizer.model").exists() and load_tokenizer(folder).digest != tokenizer.digest:
+            raise ValueError(
+                f"{folder} has another tokenizer than the data was packed with; pack with {folder}"
+            )
     elif cfg.preset in PRESETS:
         config = PRESETS[cfg.preset]
     elif (Path(cfg.preset) / "config.json").exists():
@@ -416,6 +446,10 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     else:
         raise ValueError(
             f"--preset {cfg.preset}: neither a folder with a config.json nor one of {', '.join(PRESETS)}"
+        )
+    if config.head != "lm":
+        raise ValueError(
+            f"{cfg.init or cfg.preset}: pretraining needs a language-model head, not {config.head!r}"
         )
     change: dict = {"dropout": cfg.dropout}
     change |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
@@ -433,7 +467,7 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         heads = cfg.hidden_size // config.head_dim
         grouped = config.num_attention_heads // config.num_key_value_heads
         change |= {"hidden_size": cfg.hidden_size, "num_attention_heads": heads}
-        change["num_key_value_heads"] = heads // grouped
+        change["num_key_value_heads"] = max(1, heads // grouped)
         change["intermediate_size"] = (
             round(config.intermediate_size * cfg.hidden_size / config.hidden_size / 32) * 32
         )
@@ -473,8 +507,10 @@ def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> P
         )
     mine = rows // world
     micro = max(d for d in range(1, mine + 1) if mine % d == 0 and (d == 1 or d * row <= cfg.micro_tokens))
-    if sum(bool(v) for v in (cfg.steps, cfg.tokens)) > 1:
+    if cfg.steps and cfg.tokens:
         raise ValueError("--steps and --tokens exclude each other")
+    if min(cfg.steps, cfg.tokens, cfg.epochs, cfg.row_tokens) < 0:
+        raise ValueError("--steps, --tokens, --epochs and --row_tokens must not be negative")
     wanted = cfg.tokens or cfg.epochs * shards.tokens
     return Plan(row, rows, micro, cfg.steps or max(1, round(wanted / (rows * row))))
 
@@ -494,6 +530,7 @@ def describe(config: ModelConfig, p: Plan, shards: Shards, process: common.Proce
         f"{common.human(tokens)} tokens, {tokens / n:.1f} per parameter, {tokens / shards.tokens:.2f} epochs"
     )
     print(f"training: {cut} = {amount}")
+    print(f"memory: {16 * n / 1e9:.2f} GB a rank for weights, gradients and moments, before activations")
     print(f"a step: {process.world} ranks x {accumulation} micro-batches x {p.micro_rows} rows")
     matrices = flops_per_token(config, 0) / 6
     print(f"FLOPs: 6 x {common.human(matrices)} parameters in products + 6 x layers x width x row", end=" ")
@@ -515,25 +552,18 @@ def main(cfg: TrainConfig) -> None:
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
     p = plan(cfg, config, shards, process.world)
-    process.barrier()  # all ranks have looked at the folder before one writes into it
     if process.first:
         describe(config, p, shards, process)
-        run.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "command": sys.argv,
-            "config": dataclasses.asdict(cfg),
-            "model": dataclasses.asdict(config),
-        }
-        common.write_json(
-            run / "run.json", settings | {"plan": dataclasses.asdict(p), "ranks": process.world}
-        )
+    settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
+    settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
 
     model = parallelize(build(config, device="meta"), process, cfg.compile)
     unwrap(model).known_vocab = tokenizer.vocab_size
-    if cfg.init and not cfg.resume:
-        checkpoint.load_into(model, cfg.init)
-    elif not checkpoint.saved_steps(run):
-        init_weights(unwrap(model), cfg.seed)
+    if not checkpoint.saved_steps(run):  # else `fit` restores them
+        if cfg.init:
+            checkpoint.load_into(model, cfg.init)
+        else:
+            init_weights(unwrap(model), cfg.seed)
     stream = RowStream(shards, p.row_tokens, cfg.seed)
     batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
     val = Shards(folders, "val")
@@ -552,6 +582,7 @@ def main(cfg: TrainConfig) -> None:
             "rows_per_step": p.rows_per_step,
             "seed": cfg.seed,
         },
+        settings=settings,
         tokenizer=tokenizer,
         flops=flops_per_token(config, p.row_tokens),
         first_loss=0.0 if cfg.init else math.log(config.vocab_size),
@@ -560,17 +591,16 @@ def main(cfg: TrainConfig) -> None:
 
 
 def _saved_settings(cfg: TrainConfig) -> TrainConfig:
-    """Take the settings from run.json; a flag typed beside --resume (one that is not at its default) wins."""
+    """Take the settings from run.json; a flag typed beside --resume wins."""
     path = Path(cfg.out) / "run.json"
     if not path.exists():
         raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
     saved = common.read_json(path)["config"]
-    typed = {
-        f.name: getattr(cfg, f.name)
-        for f in dataclasses.fields(cfg)
-        if f.default is dataclasses.MISSING or getattr(cfg, f.name) != f.default
-    }
-    return TrainConfig(**{**saved, **typed})
+    words = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv}
+    typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
+    if "steps" in typed or "tokens" in typed:  # one replaces the other
+        saved |= {"steps": 0, "tokens": 0}
+    return TrainConfig(**{**saved, **typed, "out": cfg.out, "resume": True})
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 27}  # logits of one chunk: near the cache; 0.5 GB in fp32
 IGNORE = -100
@@ -49,23 +50,26 @@ class _LinearNLL(torch.autograd.Function):
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         kind = torch.promote_types(x.dtype, torch.float32)
+        classes = targets.masked_fill(targets == IGNORE, 0)
         lse = torch.empty(len(x), dtype=kind, device=x.device)
         picked = torch.empty_like(lse)
         for part in _chunks(x, len(weight)):
             logits = _logits(x[part], w, b)
-            picked[part] = logits.gather(-1, targets[part, None].clamp(min=0))[:, 0]
+            picked[part] = logits.gather(-1, classes[part, None])[:, 0]
             lse[part] = logits.logsumexp(-1)
         ctx.save_for_backward(x, weight, bias, targets, lse)
         trained = targets != IGNORE
         return (lse - picked) * trained, lse * trained
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g_nll, g_lse):
         x, weight, bias, targets, lse = ctx.saved_tensors
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         trained = targets != IGNORE
         g_nll, g_lse = g_nll * trained, g_lse * trained
+        classes = targets.masked_fill(~trained, 0)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         dx = torch.empty_like(x) if need_x else None
         dw = torch.zeros(weight.shape, dtype=lse.dtype, device=x.device) if need_w else None
@@ -73,7 +77,7 @@ class _LinearNLL(torch.autograd.Function):
         for part in _chunks(x, len(weight)):
             d = _logits(x[part], w, b).sub_(lse[part, None]).exp_()  # softmax
             d.mul_((g_nll[part] + g_lse[part])[:, None])
-            d.scatter_add_(-1, targets[part, None].clamp(min=0), -g_nll[part, None])
+            d.scatter_add_(-1, classes[part, None], -g_nll[part, None])
             if need_b:
                 db += d.sum(0)
             d = d.to(x.dtype)

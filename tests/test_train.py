@@ -300,8 +300,10 @@ def test_resume_on_another_number_of_ranks_goes_on(shards, tmp_path):
 
 def test_resume_refuses_other_data_and_another_batch(finished, shards, tmp_path):
     out, _ = finished
+    settings = (out / "run.json").read_bytes()
     done = run(shards, out, "--resume", "--tokens_per_step", "1024", expect=2)
     assert "rows_per_step: 8 when saved, 16 now" in done.stderr
+    assert (out / "run.json").read_bytes() == settings  # a refused resume leaves nothing behind
     other = tmp_path / "corpus.txt"
     other.write_text("完全不同的一句话。\n\n另一句话，也不一样。\n" * 20)
     data.pack(data.PackConfig((str(other),), str(shards), str(tmp_path / "other"), 0.2, workers=1))
@@ -309,11 +311,11 @@ def test_resume_refuses_other_data_and_another_batch(finished, shards, tmp_path)
     assert "cannot be resumed" in done.stderr and "data:" in done.stderr
 
 
-def stop_after(shards, out: Path, step: int, number: int, ranks: int, during_save: bool = False) -> int:
+def stop_after(shards, out: Path, step: int, number: int, ranks: int, during_save=False, more=()) -> int:
     """Start a run and send it a signal once it logged `step`, or while it writes the step after that."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
-        command(shards, out, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(shards, out, *more, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True,
     )  # fmt: skip
     log = out / "metrics.jsonl"
@@ -346,6 +348,17 @@ def test_resume_after_kill_9_is_bit_exact(shards, tmp_path, finished, finished_b
 
 
 @pytest.mark.faults
+def test_a_run_killed_before_its_first_save_starts_again_from_the_same_weights(shards, tmp_path, finished):
+    more = ("--init", str(finished[0]), "--save_every", "10")
+    run(shards, tmp_path / "whole", *more)
+    stop_after(shards, tmp_path / "run", 2, signal.SIGKILL, 1, more=more)
+    assert not checkpoint.saved_steps(tmp_path / "run")
+    run_again = run_script("train.py", "--resume", "--out", tmp_path / "run", OMP_NUM_THREADS=1)
+    assert run_again.returncode == 0, run_again.stderr
+    assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
+
+
+@pytest.mark.faults
 def test_repeated_kills_at_random_moments_never_lose_the_run(shards, tmp_path, finished):
     out, draw = tmp_path / "run", random.Random(1)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -375,6 +388,7 @@ def test_a_damaged_step_is_named_and_the_one_before_is_taken(finished, shards, t
     file.write_bytes(content)
     done = run(shards, out, "--resume")
     assert "rank-00000.safetensors: damaged" in done.stderr and "step_0000009" in done.stdout
+    assert (out / "step_0000012.damaged").exists()
     assert state_digest(out) == state_digest(finished[0])
 
 
@@ -408,6 +422,8 @@ def test_an_existing_run_is_not_overwritten(finished, shards):
         (["--preset", "xuanyuan-6b", "--hidden_size", "1000"], "not a multiple of the head size"),
         (["--data", ""], "--data is missing"),
         (["--resume"], "no run to resume"),
+        (["--data", "nowhere"], "no tokenizer here"),
+        (["--sample", "很长" * 200, "--row_tokens", "64"], "tokens long; a row has 64"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(shards, tmp_path, capsys, flags, message):
@@ -431,6 +447,24 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_steps_whole(shards, tm
     assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
     assert [p.name for p in checkpoint.saved_steps(out)] == ["step_0000003"]
     assert checkpoint.damage(out / "step_0000003") is None and not list(out.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("field", ["lr", "clip", "log_every", "keep", "dropout", "tokens_per_step"])
+def test_a_value_out_of_range_is_refused(field):
+    with pytest.raises(ValueError, match=f"--{field} -1 must"):
+        train.TrainConfig("x", **{field: -1})
+
+
+def test_only_a_language_model_can_be_pretrained(shards, tmp_path):
+    config = M.ModelConfig("llama", 320, 16, 1, 2, 32, 64, head="score")
+    model = M.build(config)
+    M.init_weights(model, 1)
+    checkpoint.save_model(model, tmp_path / "reward")
+    with pytest.raises(ValueError, match="needs a language-model head, not 'score'"):
+        train.model_config(train.TrainConfig("x", init=str(tmp_path / "reward")), tok.load_tokenizer(shards))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match="predicts no tokens"):
+        model(ids, ids)
 
 
 def test_plan_shares_rows_over_ranks_and_micro_batches(shards):
