@@ -83,7 +83,8 @@ class RowLinear(Linear):
         """Map (..., in) to (..., out)."""
         if x.numel() > x.shape[-1] or not x.is_cpu:
             return super().forward(x)
-        y = torch.mv(self.weight.to(x.dtype), x.reshape(-1))
+        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
+        y = torch.mv(weight, x.reshape(-1))
         return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], -1)
 
 

@@ -210,8 +210,9 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Causal self-attention with grouped heads, RoPE or ALiBi, and a cache."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
+        self.layer = layer  # its place in the cache
         H, K, D, C = (
             config.num_attention_heads,
             config.num_key_value_heads,
@@ -229,7 +230,7 @@ class Attention(nn.Module):
             self.v_proj = Linear(C, K * D, bias=bias)
         self.o_proj = Linear(H * D, C, bias=bias)
 
-    def forward(self, x: torch.Tensor, where: Where, layer: int) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
         """Mix information along time: (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
         q, k, v = (h.transpose(1, 2) for h in self.project(x))  # (B, H or K, T, D)
@@ -238,7 +239,7 @@ class Attention(nn.Module):
         if where.cache is None:
             y = kernels.attention(q, k, v, lo=where.lo, slopes=where.slopes)
         else:
-            keys, values = where.cache.write(layer, k, v, where.positions)  # (B, K, S, D)
+            keys, values = where.cache.write(self.layer, k, v, where.positions)  # (B, K, S, D)
             lengths = where.cache.lengths
             if where.empty:
                 y = kernels.attention(q, k, v, slopes=where.slopes)
@@ -284,9 +285,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.layer, self.config = layer, config
+        self.config = config
         self.input_layernorm = Norm(config)
-        self.self_attn = Attention(config)
+        self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = None if config.switches.parallel else Norm(config)
         self.mlp = MLP(config)
 
@@ -294,7 +295,7 @@ class Block(nn.Module):
         """Add this block's contribution to the residual stream (B, T, C)."""
         drop = functools.partial(F.dropout, p=self.config.dropout, training=self.training)
         n = self.input_layernorm(x)
-        a = self.self_attn(n, where, self.layer)
+        a = self.self_attn(n, where)
         if self.post_attention_layernorm is None:
             return x + drop(a + self.mlp(n))
         n, x = self.post_attention_layernorm(drop(a), residual=x)  # one pass adds and normalises

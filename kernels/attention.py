@@ -44,7 +44,7 @@ def attention(
         visible = visible & (key >= lo[..., None])
     visible = visible[:, None]  # (B or 1, 1, T, S)
     if slopes is None:
-        if dense_is_faster and bool(visible.any(-1).all()):  # a row without keys would be 0 / 0 there
+        if dense_is_faster and (lo is None or bool(visible.any(-1).all())):  # no key would be 0 / 0 there
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if grouped else t for t in (k, v))
             return _DenseAttention.apply(q, k, v, visible)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)

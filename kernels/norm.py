@@ -20,8 +20,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     x (..., C), weight (C,), residual like x. Returns y (..., C) in x's dtype, or (y, x + residual).
     """
     h = x if residual is None else x + residual
-    wide = h.to(torch.promote_types(h.dtype, torch.float32))
-    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(h.dtype) * weight.to(h.dtype)
+    y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(
+        h.dtype
+    )  # fp32 inside, rounded once, then the weight
     return y if residual is None else (y, h)
 
 

@@ -29,12 +29,15 @@ def rope(
 
     q (B, H, T, D), k (B, K, T, D), cos and sin (B, T, R/2) fp32. Returns q and k rotated, in their dtypes.
     """
-    cos, sin = cos[:, None], sin[:, None]  # (B, 1, T, R/2): the same for every head
-    half = cos.shape[-1]
+    R = 2 * cos.shape[-1]
+    cos = torch.cat((cos, cos), -1)[:, None]  # (B, 1, T, R): the same for every head
+    sin = torch.cat((-sin, sin), -1)[:, None]
 
     def rotate(x):
-        a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-        turned = (a * cos - b * sin, b * cos + a * sin)  # fp32: a bf16 operand is promoted
-        return torch.cat([t.to(x.dtype) for t in turned] + ([rest] if rest.shape[-1] else []), dim=-1)
+        part = x[..., :R]
+        turned = torch.addcmul(part * cos, part.roll(R // 2, -1).to(sin.dtype), sin).to(
+            x.dtype
+        )  # fp32 inside
+        return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
 
     return rotate(q), rotate(k)
