@@ -80,9 +80,9 @@ def both(config: ModelConfig, dtype: torch.dtype):
 
 @dataclass
 class TrainBench:
-    layers: int = 8
-    width: int = 512
-    vocab: int = 6400
+    layers: int = 8  # of the shape
+    width: int = 512  # of the shape, in heads of 64
+    vocab: int = 6400  # tokens of the vocabulary
     length: int = 512  # tokens of a row
     rows: int = 4  # of a batch
     rounds: int = 9  # steps of each side
@@ -274,7 +274,8 @@ class KneserNey:
                 totals[gram[:-1]] += n
                 followers[gram[:-1]] += 1
             ones, twos = (sum(n == k for n in grams.values()) for k in (1, 2))
-            self.levels.append((grams, totals, followers, ones / max(1, ones + 2 * twos)))
+            discount = ones / (ones + 2 * twos) if ones else 0.5  # without singletons there is no estimate
+            self.levels.append((grams, totals, followers, discount))
             grams = Counter(gram[1:] for gram in grams)  # how many distinct characters come before it
         self.floor = 1 / 0x110000  # a character never seen is one of all code points
 

@@ -107,6 +107,9 @@ def test_the_rule_about_lines_would_notice_a_mistake():
 
 @each_file
 def test_no_hugging_face_library_is_imported(path):
+    """Nowhere but in bench.py, where transformers is the peer that we are measured against."""
+    if path.name == "bench.py":
+        return
     assert not [(n, line) for n, line in imports(TREES[path]) if n.split(".")[0] in HUGGING_FACE]
 
 
