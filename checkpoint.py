@@ -627,11 +627,11 @@ def load_step(folder: Path, model, optimizer, process) -> dict:
 
 def set_aside(run: Path, newest: Path) -> None:
     """Rename the steps after `newest`, which are damaged, so that they neither count nor get in the way."""
-    for folder in saved_steps(run):
-        if folder.name > newest.name:
-            target = folder.with_name(folder.name + ".damaged")
-            shutil.rmtree(target, ignore_errors=True)
-            folder.rename(target)
+    steps = saved_steps(run)
+    for folder in steps[steps.index(newest) + 1 :]:
+        target = folder.with_name(folder.name + ".damaged")
+        shutil.rmtree(target, ignore_errors=True)
+        folder.rename(target)
 
 
 def prune(run: Path, keep: int) -> None:

@@ -208,10 +208,8 @@ def fit(
             total.add(loss=(value, count), **logs)
         total.add(stop=(float(bool(stop)), 1))  # through the sum, so that all ranks stop at the same step
         sums = total.over_ranks()
-        loss_sum, count = (
-            sums["loss"][0],
-            max(1.0, sums["loss"][1]),
-        )  # a step without a trained token: no 0 / 0
+        loss_sum, count = sums["loss"]
+        count = max(1.0, count)  # a step without a trained token: no 0 / 0
 
         grads = [p.grad for p in params if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / count

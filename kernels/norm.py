@@ -20,9 +20,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     x (..., C), weight (C,), residual like x. Returns y (..., C) in x's dtype, or (y, x + residual).
     """
     h = x if residual is None else x + residual
-    y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(
-        h.dtype
-    )  # fp32 inside, rounded once, then the weight
+    # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
+    y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(h.dtype)
     return y if residual is None else (y, h)
 
 

@@ -35,9 +35,8 @@ def rope(
 
     def rotate(x):
         part = x[..., :R]
-        turned = torch.addcmul(part * cos, part.roll(R // 2, -1).to(sin.dtype), sin).to(
-            x.dtype
-        )  # fp32 inside
+        swapped = part.roll(R // 2, -1).to(sin.dtype)  # (b, a) beside (a, b)
+        turned = torch.addcmul(part * cos, swapped, sin).to(x.dtype)  # in fp32
         return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
 
     return rotate(q), rotate(k)
