@@ -1,5 +1,6 @@
 """The loop: what it computes, what it leaves on disk, and that nothing can make a resumed run differ."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -311,21 +312,38 @@ def test_resume_refuses_other_data_and_another_batch(finished, shards, tmp_path)
     assert "cannot be resumed" in done.stderr and "data:" in done.stderr
 
 
+def signal_all(process: subprocess.Popen, number: int) -> None:
+    """Signal a process and all below it: torchrun gives every worker a session of its own."""
+    family = [process.pid]
+    for pid in family:
+        with contextlib.suppress(FileNotFoundError):
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                family += map(int, (task / "children").read_text().split())
+    for pid in family:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+
 def stop_after(shards, out: Path, step: int, number: int, ranks: int, during_save=False, more=()) -> int:
     """Start a run and send it a signal once it logged `step`, or while it writes the step after that."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(
         command(shards, out, *more, ranks=ranks), cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )  # fmt: skip
     log = out / "metrics.jsonl"
     while not (log.exists() and log.read_text().count('"loss"') >= step):
         assert started.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.002)
-    while during_save and not list(out.glob("step_*.tmp")):
+    while during_save:  # run a few milliseconds, freeze, look: a save cannot end between the look and the kill
+        signal_all(started, signal.SIGSTOP)
+        time.sleep(0.002)
+        if list(out.glob("step_*.tmp")):
+            break
+        signal_all(started, signal.SIGCONT)
+        time.sleep(0.003)
         assert started.poll() is None, "the run ended before it saved"
     if number == signal.SIGKILL:
-        os.killpg(started.pid, number)  # the launcher and every rank at once, as a power cut does
+        signal_all(started, number)  # the launcher and every rank at once, as a power cut does
     else:
         started.send_signal(number)
     return started.wait(timeout=120)
@@ -365,12 +383,12 @@ def test_repeated_kills_at_random_moments_never_lose_the_run(shards, tmp_path, f
     for attempt in range(6):
         started = subprocess.Popen(
             command(shards, out, *(["--resume"] if (out / "run.json").exists() else []), "--save_every", "1"),
-            cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True,
+            cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         )  # fmt: skip
         try:
             started.wait(timeout=5 + 2 * draw.random() + attempt)
         except subprocess.TimeoutExpired:
-            os.killpg(started.pid, signal.SIGKILL)
+            started.kill()
             started.wait()
         else:
             assert started.returncode == 0, started.stderr.read().decode()
