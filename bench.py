@@ -209,7 +209,7 @@ class WorldBench:
 def world(config: WorldBench) -> None:
     """Measure form, novelty and knowledge of a model trained on the demonstration text."""
     known = demo_corpus.build_world(config.seed)
-    model, tokenizer = load(config.folder)
+    model, tokenizer = load(config.folder, rows=16)
     draw = random.Random(config.seed)
 
     text = "\n".join(common.documents([f"{config.demo}/pretrain"]))

@@ -7,9 +7,8 @@ Small pieces: `logits_to_probs`, `sample`, and `decode`, the one loop behind eve
 with all prompts at once (rows of unequal length, padded on the right) and then adds one token a row and
 step. Each row has its own random generator, so its text does not depend on what else is in the batch.
 
-At load q, k, v and gate, up are fused into one matrix each, which saves reading time and calls; fused weights
-are never saved. A single row is multiplied by torch.mv, which reads bf16 weights 1.3-1.8 times as fast on a
-CPU.
+At load q, k, v and gate, up are fused into one matrix each, which saves calls; fused weights are never saved.
+A single row on a CPU has a decoding step of its own (`OneRow`).
 
     python generate.py out/run --prompt "年轻人不应该再努力了，年轻人就应该享受生活，"
     python generate.py out/run --file prompts.txt --no_echo --temperature 0
@@ -24,7 +23,7 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,18 +34,19 @@ import tyro
 import common
 import kernels
 from checkpoint import load_model, model_folder
-from model import Attention, Head, KVCache, Linear, Model
+from model import MLP, Attention, KVCache, Linear, Model, Norm, Where
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu"
+    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", rows: int = 1
 ) -> tuple[Model, Tokenizer]:
     """Load a model folder or a run's latest step, ready to write.
 
-    dtype None: the folder's own, or fp32 where the machine has no fast bf16.
+    dtype None: the folder's own, or fp32 where the machine has no fast bf16. rows: how many texts will be
+    written at a time; any number works, but the weights' layout is chosen for one or for several.
     """
     folder = model_folder(folder)
     model = load_model(folder, dtype, device)
@@ -61,45 +61,20 @@ def load(
     model.known_vocab = tokenizer.vocab_size
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
-    return fuse(model), tokenizer
-
-
-class RowLinear(Linear):
-    """A linear layer for inference that multiplies a single row by torch.mv."""
-
-    @classmethod
-    def of(cls, *layers: Linear) -> RowLinear:
-        """Stack layers that read the same input into one."""
-        weight = torch.cat([layer.weight for layer in layers]) if len(layers) > 1 else layers[0].weight
-        fused = cls(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None, device="meta")
-        fused.weight = nn.Parameter(weight.detach(), requires_grad=False)
-        if fused.bias is not None:
-            fused.bias = nn.Parameter(
-                torch.cat([layer.bias for layer in layers]).detach(), requires_grad=False
-            )
-        return fused
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (..., in) to (..., out)."""
-        if x.numel() > x.shape[-1] or not x.is_cpu:
-            return super().forward(x)
-        weight = self.weight if self.weight.dtype == x.dtype else self.weight.to(x.dtype)
-        y = torch.mv(weight, x.reshape(-1))
-        return (y if self.bias is None else y + self.bias.to(x.dtype)).view(*x.shape[:-1], -1)
-
-
-class RowHead(Head, RowLinear):
-    """The head for inference: still gives losses where targets are given."""
+    return fuse(model, rows), tokenizer
 
 
 class FusedAttention(Attention):
-    """Attention whose q, k and v come from one matrix."""
+    """Attention whose q, k and v come from one matrix, qkv_proj: H·D rows of q, K·D of k, K·D of v."""
 
-    def project(self, x: torch.Tensor):
-        """Give q (B, T, H, D), k and v (B, T, K, D)."""
+    def project(self, x: torch.Tensor, where: Where):
+        """Give q (B, H, T, D), k and v (B, K, T, D), turned to their positions."""
         B, T, _ = x.shape
-        qkv = self.qkv_proj(x).view(B, T, -1, self.head_dim)
-        return qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
+        if where.cos is not None:
+            qk = kernels.rope(qk, where.cos, where.sin)
+        return *qk.split((self.heads, self.kv_heads), dim=1), v
 
 
 class FusedMLP(nn.Module):
@@ -107,8 +82,8 @@ class FusedMLP(nn.Module):
 
     def __init__(self, mlp):
         super().__init__()
-        self.gate_up_proj = RowLinear.of(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = RowLinear.of(mlp.down_proj)
+        self.gate_up_proj = _stack(mlp.gate_proj, mlp.up_proj)
+        self.down_proj = mlp.down_proj
         self.act = mlp.act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,28 +91,129 @@ class FusedMLP(nn.Module):
         return self.down_proj(kernels.glu(*self.gate_up_proj(x).chunk(2, dim=-1), self.act))
 
 
+def _stack(*layers: Linear) -> Linear:
+    """Make one linear layer of several that read the same input."""
+    outputs = sum(p.out_features for p in layers)
+    stacked = Linear(layers[0].in_features, outputs, layers[0].bias is not None, "meta")
+    stacked.weight = nn.Parameter(torch.cat([p.weight for p in layers]))
+    if stacked.bias is not None:
+        stacked.bias = nn.Parameter(torch.cat([p.bias for p in layers]))
+    return stacked
+
+
 @torch.no_grad()
-def fuse(model: Model) -> Model:
-    """Stack q, k, v and gate, up of every layer, in place, for inference."""
+def fuse(model: Model, rows: int = 1) -> Model:
+    """Stack q, k, v and gate, up of every layer, in place, for inference.
+
+    With rows 1 weights are stored by columns where that is faster: 1.5 times on a CPU (kernels/matvec.py);
+    2 to 16 rows at a time would then be slower.
+    """
     for layer in model.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        if isinstance(attn.o_proj, RowLinear):
+        if isinstance(attn, FusedAttention):
             return model  # fused already
-        if not attn.fused:
-            attn.qkv_proj = RowLinear.of(attn.q_proj, attn.k_proj, attn.v_proj)
-            del attn.q_proj, attn.k_proj, attn.v_proj
-            attn.__class__ = FusedAttention
+        if attn.fused:  # BLOOM's rows are (H, 3, D)
+            attn.qkv_proj = qkv = attn.query_key_value
+            del attn.query_key_value
+            for p in (qkv.weight, qkv.bias):
+                p.copy_(p.unflatten(0, (attn.heads, 3, attn.head_dim)).transpose(0, 1).flatten(0, 2).clone())
         else:
-            attn.query_key_value = RowLinear.of(attn.query_key_value)
-        attn.o_proj = RowLinear.of(attn.o_proj)
+            attn.qkv_proj = _stack(attn.q_proj, attn.k_proj, attn.v_proj)
+            del attn.q_proj, attn.k_proj, attn.v_proj
+        attn.__class__ = FusedAttention
         if mlp.gate_proj is not None:
             layer.mlp = FusedMLP(mlp)
-        else:
-            mlp.up_proj, mlp.down_proj = RowLinear.of(mlp.up_proj), RowLinear.of(mlp.down_proj)
-    if model.config.head == "lm":
-        model.lm_head = RowHead.of(model.lm_head)
-        model.tie()
+    for module in model.modules():
+        if rows == 1 and isinstance(module, Linear) and kernels.columns_are_faster(module.weight):
+            module.weight.data = kernels.by_columns(module.weight)
     return model.requires_grad_(False).eval()
+
+
+class OneRow:
+    """A fused model on a CPU that continues one row by one token: Model.forward, written flat.
+
+    At this size the arithmetic is a few vectors between matrices, and Python a third of the time: here are
+    vectors instead of (1, 1, C), no modules, nothing computed twice, and kernels.matvec.
+    """
+
+    def __init__(self, model: Model):
+        self.config = config = model.config
+        self.table = model.embed_tokens.weight
+        self.embed_norm = _row_norm(model.embed_norm) if config.switches.embed_norm else None
+        self.layers = [
+            (
+                _row_norm(layer.input_layernorm),
+                _row_product(layer.self_attn.qkv_proj),
+                _row_product(layer.self_attn.o_proj),
+                None if config.switches.parallel else _row_norm(layer.post_attention_layernorm),
+                _row_mlp(layer.mlp),
+            )
+            for layer in model.layers
+        ]
+        self.norm, self.head = _row_norm(model.norm), _row_product(model.lm_head)
+        self.rope, self.slopes = model.position_tables("cpu")
+
+    @staticmethod
+    def fits(model: Model) -> bool:
+        """Tell whether this model can be run this way."""
+        weight = model.embed_tokens.weight
+        one_dtype = model.compute_dtype in (None, weight.dtype)
+        return weight.is_cpu and one_dtype and isinstance(model.layers[0].self_attn, FusedAttention)
+
+    def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
+        """Put a token after those of the cache's only row; return the logits (V,) of the next."""
+        H, K, D = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
+        position = int(cache.lengths)
+        x = self.table[token]  # (C,)
+        if self.embed_norm:
+            x = self.embed_norm(x)
+        if self.rope is not None:
+            cos, sin = kernels.rope_table(cache.lengths[None], self.rope)
+        for i, (norm, qkv, o, norm2, mlp) in enumerate(self.layers):
+            n = norm(x)
+            heads = qkv(n).view(1, H + 2 * K, 1, D)
+            qk, v = heads[:, : H + K], heads[:, H + K :]
+            if self.rope is not None:
+                qk = kernels.rope(qk, cos, sin)
+            keys, values = cache.k[i], cache.v[i]
+            keys[:, :, position] = qk[:, H:, 0]
+            values[:, :, position] = v[:, :, 0]
+            y = kernels.attention_decode(qk[:, :H], keys, values, cache.lengths, self.slopes)
+            x = o(y.view(-1), x)
+            x = mlp(n if norm2 is None else norm2(x), x)
+        cache.lengths = cache.lengths + 1
+        return self.head(self.norm(x))
+
+
+def _row_product(layer: Linear) -> Callable[..., torch.Tensor]:
+    weight, bias = layer.weight, layer.bias
+
+    def product(x, add=None):
+        """Map (in,) to (out,), and add a vector."""
+        if bias is not None:
+            add = bias if add is None else add + bias
+        return kernels.matvec(weight, x, add)
+
+    return product
+
+
+def _row_norm(norm: Norm) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if bias is None:
+        return lambda x: kernels.rms_norm(x, weight, eps)
+    return lambda x: kernels.layer_norm(x, weight, bias, eps)
+
+
+def _row_mlp(mlp: MLP | FusedMLP) -> Callable[..., torch.Tensor]:
+    up = _row_product(mlp.gate_up_proj if isinstance(mlp, FusedMLP) else mlp.up_proj)
+    down, act, width = _row_product(mlp.down_proj), mlp.act, mlp.down_proj.in_features
+    activation = kernels.ACTIVATIONS[act]
+
+    def gated(x, add):
+        h = up(x)
+        return down(kernels.glu(h[:width], h[width:], act), add)
+
+    return gated if isinstance(mlp, FusedMLP) else lambda x, add: down(activation(up(x)), add)
 
 
 # --- 2. sampling -------------------------------------------------------------------------------------------
@@ -185,7 +261,7 @@ def logits_to_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 def sample(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Choose the next token from one row of logits (V,)."""
     if sampling.temperature == 0:
-        return int(logits.argmax())
+        return int(logits.max(-1).indices)  # argmax takes 2.5 times as long on a CPU
     return int(torch.multinomial(logits_to_probs(logits, sampling), 1, generator=generator))
 
 
@@ -221,6 +297,7 @@ def decode(
         ids[b, : len(prompt)] = torch.tensor(prompt)
     num_new = torch.tensor([len(p) for p in prompts], device=device)
     logits = model(ids.to(device), cache=cache, num_new=num_new, last=True)  # (B, V)
+    one_row = OneRow(model) if len(prompts) == 1 and OneRow.fits(model) else None
     while True:
         logits[:, model.known_vocab :] = float("-inf")  # rows of the table beyond the tokenizer have no text
         rows = logits.cpu()
@@ -236,6 +313,9 @@ def decode(
         yield tokens
         if not any(n > 0 for n in left):
             return
+        if one_row:
+            logits = one_row(tokens[0], cache)[None]
+            continue
         step = torch.tensor([[t or 0] for t in tokens], device=device)
         num_new = torch.tensor([int(n > 0) for n in left], device=device)
         cache.lengths = cache.lengths * num_new  # an ended row idles at 0, so it cannot run past the cache
@@ -299,7 +379,7 @@ def main(config: GenerateConfig) -> None:
     dtype = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, config.dtype)
     if isinstance(dtype, str):
         raise ValueError(f"--dtype {dtype}: expected float32 or bfloat16")
-    model, tokenizer = load(config.folder, dtype, device)
+    model, tokenizer = load(config.folder, dtype, device, rows=config.batch if config.file else 1)
     if config.file:
         _complete_file(model, tokenizer, config)
     elif config.prompt:

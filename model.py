@@ -233,9 +233,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
         """Mix information along time: (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        q, k, v = (h.transpose(1, 2) for h in self.project(x))  # (B, H or K, T, D)
-        if where.cos is not None:
-            q, k = kernels.rope(q, k, where.cos, where.sin)
+        q, k, v = self.project(x, where)
         if where.cache is None:
             y = kernels.attention(q, k, v, lo=where.lo, slopes=where.slopes)
         else:
@@ -249,17 +247,17 @@ class Attention(nn.Module):
                 y = kernels.attention(q, keys, values, start=lengths, slopes=where.slopes)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
 
-    def project(self, x: torch.Tensor):
-        """Give the heads' queries (B, T, H, D), keys and values (B, T, K, D)."""
+    def project(self, x: torch.Tensor, where: Where):
+        """Give the heads' queries (B, H, T, D), keys and values (B, K, T, D), turned to their positions."""
         B, T, _ = x.shape
-        H, K, D = self.heads, self.kv_heads, self.head_dim
         if self.fused:
-            return self.query_key_value(x).view(B, T, H, 3, D).unbind(3)
-        return (
-            self.q_proj(x).view(B, T, H, D),
-            self.k_proj(x).view(B, T, K, D),
-            self.v_proj(x).view(B, T, K, D),
-        )
+            q, k, v = self.query_key_value(x).view(B, T, self.heads, 3, self.head_dim).unbind(3)
+        else:
+            q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if where.cos is not None:
+            q, k = kernels.rope(q, where.cos, where.sin), kernels.rope(k, where.cos, where.sin)
+        return q, k, v
 
 
 class MLP(nn.Module):
@@ -293,13 +291,16 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
         """Add this block's contribution to the residual stream (B, T, C)."""
-        drop = functools.partial(F.dropout, p=self.config.dropout, training=self.training)
         n = self.input_layernorm(x)
         a = self.self_attn(n, where)
         if self.post_attention_layernorm is None:
-            return x + drop(a + self.mlp(n))
-        n, x = self.post_attention_layernorm(drop(a), residual=x)  # one pass adds and normalises
-        return x + drop(self.mlp(n))
+            return x + self.drop(a + self.mlp(n))
+        n, x = self.post_attention_layernorm(self.drop(a), residual=x)  # one pass adds and normalises
+        return x + self.drop(self.mlp(n))
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply dropout, in training."""
+        return F.dropout(x, self.config.dropout) if self.training and self.config.dropout else x
 
 
 class Head(Linear):
@@ -353,7 +354,7 @@ class Where:
     """What attention needs to know about positions, computed once per forward pass for all layers."""
 
     positions: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
-    cos: torch.Tensor | None = None  # (B or 1, T, R/2) fp32
+    cos: torch.Tensor | None = None  # (B or 1, 1, T, R) fp32, of kernels.rope_table
     sin: torch.Tensor | None = None
     slopes: torch.Tensor | None = None  # (H,) fp32
     lo: torch.Tensor | None = None  # (B, T) first key that each query sees
@@ -488,11 +489,16 @@ class Model(nn.Module):
             where = Where(steps)
         if cache is None:
             check_length(self.config, T)
-        if self.config.switches.rope:
-            where.cos, where.sin = kernels.rope_table(where.positions, rope_frequencies(self.config, device))
-        else:
-            where.slopes = torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)
+        frequencies, where.slopes = self.position_tables(device)
+        if frequencies is not None:
+            where.cos, where.sin = kernels.rope_table(where.positions, frequencies)
         return where
+
+    def position_tables(self, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Give RoPE's frequencies (R/2,) and ALiBi's slopes (H,), fp32; one of them is None."""
+        if self.config.switches.rope:
+            return rope_frequencies(self.config, device), None
+        return None, torch.tensor(alibi_slopes(self.config.num_attention_heads), device=device)
 
 
 # --- 5. building, initialising, counting --------------------------------------------------------------------

@@ -11,6 +11,7 @@ width, V vocabulary, N rows (B·T flattened).
 from kernels.attention import attention, attention_decode
 from kernels.glu import ACTIVATIONS, glu
 from kernels.linear_nll import linear_nll
+from kernels.matvec import by_columns, columns_are_faster, matvec
 from kernels.norm import layer_norm, rms_norm
 from kernels.quant import int4_linear, int8_linear
 from kernels.rope import rope, rope_table
@@ -19,11 +20,14 @@ __all__ = [
     "ACTIVATIONS",
     "attention",
     "attention_decode",
+    "by_columns",
+    "columns_are_faster",
     "glu",
     "int4_linear",
     "int8_linear",
     "layer_norm",
     "linear_nll",
+    "matvec",
     "rms_norm",
     "rope",
     "rope_table",

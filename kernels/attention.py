@@ -99,6 +99,6 @@ def attention_decode(
     T = q.shape[2]
     used = int(lengths.max()) + T  # the rest of the cache holds nothing that anyone sees
     k, v = k_cache[:, :, :used], v_cache[:, :, :used]
-    if q.shape[0] == 1 and T == 1 and slopes is None:
-        return attention(q, k, v)
+    if q.shape[0] == 1 and T == 1 and slopes is None:  # the heads of a group are rows that see the same keys
+        return F.scaled_dot_product_attention(q.reshape(1, k.shape[1], -1, q.shape[3]), k, v).view(q.shape)
     return attention(q, k, v, start=lengths, slopes=slopes)

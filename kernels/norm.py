@@ -10,6 +10,8 @@ Zhang & Sennrich 2019, "Root Mean Square Layer Normalization"; Ba et al. 2016, "
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -21,7 +23,11 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """
     h = x if residual is None else x + residual
     # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
-    y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(h.dtype)
+    if h.dim() == 1 and h.is_cpu and not torch.is_grad_enabled():  # one token: the same in fewer calls
+        wide = h.float()
+        y = (wide / math.sqrt(torch.dot(wide, wide).item() / len(h) + eps)).to(h.dtype) * weight.to(h.dtype)
+    else:
+        y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(h.dtype)
     return y if residual is None else (y, h)
 
 

@@ -16,27 +16,20 @@ import torch
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cos and sin of every angle, once per forward pass for all layers.
 
-    positions (B, T) integer, inv_freq (R/2,) fp32. Returns two (B, T, R/2) fp32 tensors.
+    positions (B, T) integer, inv_freq (R/2,) fp32. Returns two (B, 1, T, R) fp32 tensors, ready to multiply:
+    every angle stands twice, for a and for b, and the sines of the first half are negative.
     """
-    angles = positions[..., None].to(inv_freq.dtype) * inv_freq
-    return angles.cos(), angles.sin()
+    angles = (positions[..., None].to(inv_freq.dtype) * inv_freq)[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
 
 
-def rope(
-    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotate the first R dimensions of q and k.
+def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the first R dimensions of queries or keys, or of both stacked along the heads.
 
-    q (B, H, T, D), k (B, K, T, D), cos and sin (B, T, R/2) fp32. Returns q and k rotated, in their dtypes.
+    x (B, H, T, D); cos and sin (B or 1, 1, T, R) fp32, from rope_table. Returns (B, H, T, D) in x's dtype.
     """
-    R = 2 * cos.shape[-1]
-    cos = torch.cat((cos, cos), -1)[:, None]  # (B, 1, T, R): the same for every head
-    sin = torch.cat((-sin, sin), -1)[:, None]
-
-    def rotate(x):
-        part = x[..., :R]
-        swapped = part.roll(R // 2, -1).to(sin.dtype)  # (b, a) beside (a, b)
-        turned = torch.addcmul(part * cos, swapped, sin).to(x.dtype)  # in fp32
-        return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
-
-    return rotate(q), rotate(k)
+    R = cos.shape[-1]
+    part = (x if x.shape[-1] == R else x[..., :R]).to(cos.dtype)  # in fp32
+    turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)  # roll: (b, a) beside (a, b)
+    return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)

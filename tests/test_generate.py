@@ -12,9 +12,10 @@ from conftest import ROOT, run_script, tiny_hf
 
 import checkpoint
 import generate as gen
+import kernels
 import tokenizer as tok
 from generate import Sampling, generate
-from model import ModelConfig, build, init_weights
+from model import KVCache, ModelConfig, build, init_weights
 
 FAMILIES = ("llama-tied", "phi", "bloom")  # grouped heads and a tied head; biases; 6 heads and ALiBi
 SENTENCE = "我爱😀和🀄，还有👨‍👩‍👧，以及𠮷！"  # what the small trained model knows by heart
@@ -172,6 +173,48 @@ def test_bf16_greedy_runs_and_its_first_token_is_fp32s_or_nearly_as_likely(famil
         with torch.no_grad():
             logits = exact(torch.tensor([prompt]))[0, -1]
         assert logits[new[0]] > logits.max() - 0.4 * logits.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_step_for_one_row_is_the_models_forward(family, dtype, made):
+    """OneRow is Model.forward written flat: the same logits after every token, whatever the weights' layout."""
+    _, folder = made(family)
+    _, tokenizer = loaded(folder)
+    ids = tokenizer.encode_prompt("我爱the quick 你好世界")
+    steps, columns = {}, {}
+    for rows in (1, 2):
+        model, _ = gen.load(folder, dtype, rows=rows)
+        columns[rows] = model.lm_head.weight.stride(0) == 1
+        one = gen.OneRow(model)
+        flat, plain = (KVCache(model.config, 1, 32, dtype) for _ in range(2))
+        with torch.inference_mode():
+            model(torch.tensor([ids[:3]]), cache=flat)
+            model(torch.tensor([ids[:3]]), cache=plain)
+            steps[rows] = [one(i, flat) for i in ids[3:]]
+            want = [model(torch.tensor([[i]]), cache=plain)[0, -1] for i in ids[3:]]
+        assert int(flat.lengths) == int(plain.lengths) == len(ids)
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        for a, b in zip(steps[rows], want, strict=True):
+            assert a.dtype == dtype and (a.double() - b.double()).norm() < bound * b.double().norm()
+    assert columns == {1: kernels.columns_are_faster(model.lm_head.weight), 2: False}
+
+
+def test_one_row_is_taken_where_it_fits(made, monkeypatch):
+    _, folder = made("llama-tied")
+    model, tokenizer = loaded(folder)
+    calls = []
+    step = gen.OneRow.__call__
+    monkeypatch.setattr(gen.OneRow, "__call__", lambda self, *a: calls.append(a) or step(self, *a))
+    ids = tokenizer.encode_prompt("我爱")
+    generate(model, [ids], greedy(4, ignore_eos=True))
+    assert len(calls) == 3  # the first token comes from the prompt's forward
+    generate(model, [ids, ids], greedy(4))
+    unfused = checkpoint.load_model(folder, torch.float32)
+    generate(unfused.eval(), [ids], greedy(4))
+    model.compute_dtype = torch.bfloat16  # fp32 weights that compute in bf16
+    generate(model, [ids], greedy(4))
+    assert len(calls) == 3
 
 
 # --- 2. sampling ---------------------------------------------------------------------------------------------

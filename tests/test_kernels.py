@@ -403,7 +403,8 @@ def test_rope_turns_pairs_by_position_times_frequency(D, R, offset):
     q, k = randn(2, 4, 7, D), randn(2, 2, 7, D, seed=1)
     positions = torch.stack([torch.arange(7) + offset, torch.arange(7) * 3])
     freq = frequencies(R)
-    got = kernels.rope(q, k, *kernels.rope_table(positions, freq))
+    table = kernels.rope_table(positions, freq)
+    got = kernels.rope(q, *table), kernels.rope(k, *table)
     for y, x in zip(got, (q, k)):
         assert y.dtype == x.dtype and rel(y, complex_rope(x, positions, freq)) < 5e-6  # fp32 angles of 300
         assert torch.equal(y[..., R:], x[..., R:])
@@ -413,25 +414,25 @@ def test_rope_turns_pairs_by_position_times_frequency(D, R, offset):
 def test_rope_by_negative_positions_is_the_inverse():
     q, k = randn(1, 2, 50, 80), randn(1, 1, 50, 80, seed=1)
     freq, positions = frequencies(32), torch.arange(4000, 4050)[None]
-    there = kernels.rope(q, k, *kernels.rope_table(positions, freq))
-    back = kernels.rope(*there, *kernels.rope_table(-positions, freq))
-    assert rel(back[0], q) < FP32 and rel(back[1], k) < FP32
+    for x in (q, k):
+        there = kernels.rope(x, *kernels.rope_table(positions, freq))
+        assert rel(kernels.rope(there, *kernels.rope_table(-positions, freq)), x) < FP32
 
 
 def test_rope_scores_depend_on_the_distance_only():
     q, k = randn(1, 1, 1, 64), randn(1, 1, 1, 64, seed=1)
     freq, scores = frequencies(64), []
     for shift in (0, 5, 100):
-        a, _ = kernels.rope(q, k, *kernels.rope_table(torch.tensor([[17 + shift]]), freq))
-        _, b = kernels.rope(q, k, *kernels.rope_table(torch.tensor([[3 + shift]]), freq))
+        a = kernels.rope(q, *kernels.rope_table(torch.tensor([[17 + shift]]), freq))
+        b = kernels.rope(k, *kernels.rope_table(torch.tensor([[3 + shift]]), freq))
         scores.append((a * b).sum())
     assert rel(torch.stack(scores), scores[0].expand(3)) < 1e-5
 
 
 def test_rope_gradient_is_the_inverse_rotation():
-    q, k = (t.double().requires_grad_() for t in (randn(1, 2, 5, 10), randn(1, 1, 5, 10, seed=1)))
+    x = randn(1, 2, 5, 10).double().requires_grad_()
     table = kernels.rope_table(torch.arange(5)[None], frequencies(6).double())
-    assert gradcheck(lambda a, b: kernels.rope(a, b, *table), (q, k))
+    assert gradcheck(lambda x: kernels.rope(x, *table), (x,))
 
 
 def test_rope_equals_transformers():
@@ -442,8 +443,8 @@ def test_rope_equals_transformers():
     freq = frequencies(64)
     angles = torch.cat([positions[..., None].float() * freq] * 2, -1)
     want = apply_rotary_pos_emb(q, k, angles.cos(), angles.sin())
-    for got, theirs in zip(kernels.rope(q, k, *kernels.rope_table(positions, freq)), want):
-        assert rel(got, theirs) < FP32
+    for x, theirs in zip((q, k), want):
+        assert rel(kernels.rope(x, *kernels.rope_table(positions, freq)), theirs) < FP32
 
 
 def test_rope_table_tells_8192_positions_apart():
@@ -454,16 +455,18 @@ def test_rope_table_tells_8192_positions_apart():
     cos, sin = kernels.rope_table(positions[None], freq)
     assert cos.dtype == sin.dtype == torch.float32
     for i in (0, 1, 31, 63):
-        assert len(torch.stack([cos[0, :, i], sin[0, :, i]], 1).unique(dim=0)) == 8192, i
+        assert len(torch.stack([cos[0, 0, :, i], sin[0, 0, :, i + 64]], 1).unique(dim=0)) == 8192, i
     angles = positions[:, None].double() * freq.double()
-    assert (cos[0] - angles.cos()).abs().max() < 5e-4 and (sin[0] - angles.sin()).abs().max() < 5e-4
+    for part, sign in ((slice(None, 64), -1), (slice(64, None), 1)):  # every angle twice, ready to multiply
+        assert (cos[0, 0, :, part] - angles.cos()).abs().max() < 5e-4
+        assert (sin[0, 0, :, part] - sign * angles.sin()).abs().max() < 5e-4
 
 
 def test_rope_keeps_bf16_and_rounds_once():
-    q, k = randn(1, 2, 6, 16, dtype=torch.bfloat16), randn(1, 1, 6, 16, seed=1, dtype=torch.bfloat16)
+    q = randn(1, 2, 6, 16, dtype=torch.bfloat16)
     positions, freq = torch.arange(1000, 1006)[None], frequencies(6)
-    a, b = kernels.rope(q, k, *kernels.rope_table(positions, freq))
-    assert a.dtype == b.dtype == torch.bfloat16
+    a = kernels.rope(q, *kernels.rope_table(positions, freq))
+    assert a.dtype == torch.bfloat16
     want = complex_rope(q, positions, freq)
     assert ((a.double() - want).abs() <= want.abs() * 2**-8 + 1e-3 * 2**-8).all()
 
@@ -472,8 +475,8 @@ def test_rope_reads_non_contiguous_heads():
     x = randn(2, 9, 3, 2, 16)
     q, k = (t.transpose(1, 2) for t in x.unbind(3))
     table = kernels.rope_table(torch.arange(9)[None], frequencies(16))
-    for got, want in zip(kernels.rope(q, k, *table), kernels.rope(q.contiguous(), k.contiguous(), *table)):
-        assert torch.equal(got, want)
+    for heads in (q, k):
+        assert torch.equal(kernels.rope(heads, *table), kernels.rope(heads.contiguous(), *table))
 
 
 # --- 4. gated unit -------------------------------------------------------------------------------------------
@@ -721,3 +724,46 @@ def test_int8_linear_takes_fp32_scales_with_bf16_activations():
     q = torch.tensor([[-127, 127], [1, -1]], dtype=torch.int8)
     y = kernels.int8_linear(torch.ones(1, 2, dtype=torch.bfloat16), q, torch.tensor([0.5, 0.25]))
     assert y.dtype == torch.bfloat16 and y.tolist() == [[0.0, 0.0]]
+
+
+# --- 7. one row ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(5, 3), (64, 48), (1, 7), (300, 577), (33, 1)])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_matvec_is_the_product_however_the_weight_is_stored(dtype, shape, threads):
+    W, x, add = (
+        randn(*shape, dtype=dtype),
+        randn(shape[1], seed=1, dtype=dtype),
+        randn(shape[0], seed=2, dtype=dtype),
+    )
+    columns = kernels.by_columns(W)
+    assert torch.equal(columns, W) and columns.t().is_contiguous()
+    want = W.double() @ x.double()
+    bound = {torch.float32: FP32, torch.bfloat16: 6e-3, torch.float16: 8e-4}[dtype]
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        for weight in (W, columns):
+            y = kernels.matvec(weight, x)
+            assert (
+                y.dtype == dtype and (y - want).norm() <= bound * (W.double().abs() @ x.double().abs()).norm()
+            )
+            y = kernels.matvec(weight, x, add)
+            scale = (W.double().abs() @ x.double().abs() + add.double().abs()).norm()
+            assert y.dtype == dtype and (y - want - add).norm() <= bound * scale
+    torch.set_num_threads(1)
+
+
+def test_columns_are_for_16_bit_weights_on_x86():
+    assert not kernels.columns_are_faster(torch.zeros(2, 2))
+    fast = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    assert kernels.columns_are_faster(torch.zeros(2, 2, dtype=torch.bfloat16)) == fast
+
+
+def test_rms_norm_of_one_vector_is_that_of_a_row():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = randn(48, dtype=dtype, scale=3), randn(48, seed=1, dtype=dtype)
+        with torch.no_grad():
+            alone, rows = kernels.rms_norm(x, w, 1e-5), kernels.rms_norm(x[None], w, 1e-5)[0]
+        assert alone.dtype == dtype and rel(alone, rows) < (FP32 if dtype == torch.float32 else 4e-3)

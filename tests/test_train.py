@@ -334,7 +334,9 @@ def stop_after(shards, out: Path, step: int, number: int, ranks: int, during_sav
     while not (log.exists() and log.read_text().count('"loss"') >= step):
         assert started.poll() is None, "the run ended before it could be stopped"
         time.sleep(0.002)
-    while during_save:  # run a few milliseconds, freeze, look: a save cannot end between the look and the kill
+    while (
+        during_save
+    ):  # run a few milliseconds, freeze, look: a save cannot end between the look and the kill
         signal_all(started, signal.SIGSTOP)
         time.sleep(0.002)
         if list(out.glob("step_*.tmp")):
