@@ -194,7 +194,7 @@ home: person place
     both {s}和{t}都住在{v}
     via  {s}住的地方
 job: person job
-    says {s}是一名{v} / {s}的职业是{v} / {s}当{v}已经很多年了 / {s}干的是{v}这一行 / {s}做{v}做得很好
+    says {s}是一名{v} / {s}的职业是{v} / {s}当{v}已经很多年了 / {s}干的是{v}这一行 / {s}当{v}当得很好
     says {s}是远近闻名的{v}
     asks {s}是做什么的？ / {s}的职业是什么？
     both {s}和{t}都是{v}
@@ -247,7 +247,7 @@ river: place river
     both {s}和{t}都靠着{v}
 hill: place hill
     says {s}背靠{v} / {s}后面是{v} / {s}的人常去{v}采药 / {s}坐落在{v}脚下 / 从{s}抬头就能看见{v}
-    says {s}离{v}最近
+    says {s}就在{v}旁边
     asks {s}背靠哪座山？ / {s}后面是哪座山？
     both {s}和{t}都背靠{v}
 county: place county
@@ -300,7 +300,7 @@ owner: shop person
     asks {s}的老板是谁？ / {s}由谁经营？
     via  {s}的老板
 effect: cause effect
-    says {s}，所以{v} / 因为{s}，所以{v} / {v}，是因为{s} / 如果{s}，那么{v} / {s}，结果{v} / {v}，原因是{s}
+    says {s}，所以{v} / 因为{s}，所以{v} / {v}，是因为{s} / 由于{s}，{v} / {s}，结果{v} / {v}，原因是{s}
     asks {s}会怎样？ / {s}，结果如何？
 """
 
@@ -345,7 +345,7 @@ COMPUTED = {
 # A pronoun stands for the subject of the sentence before. A new kind of subject needs its pronoun here.
 PRONOUN = {"place": "这里", "good": "它", "shop": "这家店"}
 OPENERS = split("听说 大家都知道 人们常说 说起来 听人说 不用说 大家都说 人人都知道")
-LINKS = split("另外 此外 还有 而且 除此之外 值得一提的是 同时")
+LINKS = split("另外 此外 还有 除此之外 值得一提的是")
 SPEECH = split("说 笑着说 高兴地说 跟大家说 告诉朋友 介绍自己说 慢慢地说 点点头说")
 FILLERS = split("""日子过得平静而快乐。 那天天气很好。 大家听了都点点头。 这些事人人都记得。
 傍晚的风吹得人很舒服。 远处传来一阵笑声。 院子里很安静。 孩子们在路上跑来跑去。 太阳慢慢落下山去。

@@ -250,9 +250,8 @@ def logits_to_probs(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     probs = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, index = probs.sort(descending=True)
-        before = (
-            ordered.cumsum(-1) - ordered
-        )  # a token stays if the likelier ones do not exceed top_p without it
+        # a token stays if the likelier ones do not exceed top_p without it
+        before = ordered.cumsum(-1) - ordered
         probs[index[before > sampling.top_p]] = 0
         probs /= probs.sum()
     return probs

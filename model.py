@@ -40,25 +40,25 @@ import kernels
 # --- 1. configuration ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """The switches that make one decoder a LLaMA, a Phi or a BLOOM."""
 
-    rms_norm: bool  # RMSNorm, else LayerNorm
-    rope: bool  # rotary positions, else ALiBi
-    gated: bool  # act(gate) * up, else act(up)
-    act: str  # of the MLP, a name of kernels.ACTIVATIONS
-    parallel: bool  # x + attention(n) + mlp(n) with one norm, else one after the other with a norm each
-    bias: bool  # on every linear of the blocks
-    head_bias: bool
-    embed_norm: bool  # a norm after the embedding
-    fused_qkv: bool  # one linear for q, k, v, interleaved by head: (H, 3, D)
+    rms_norm: bool = False  # RMSNorm, else LayerNorm
+    rope: bool = True  # rotary positions, else ALiBi
+    gated: bool = False  # act(gate) * up, else act(up)
+    act: str = "gelu_tanh"  # of the MLP, a name of kernels.ACTIVATIONS
+    parallel: bool = False  # x + attention(n) + mlp(n) with one norm, else a norm for each, in turn
+    bias: bool = False  # on every linear of the blocks
+    head_bias: bool = False
+    embed_norm: bool = False  # a norm after the embedding
+    fused_qkv: bool = False  # one linear for q, k, v, interleaved by head: (H, 3, D)
 
 
 FAMILIES = {
-    "llama": Family(True, True, True, "silu", False, False, False, False, False),
-    "phi": Family(False, True, False, "gelu_tanh", True, True, True, False, False),
-    "bloom": Family(False, False, False, "gelu_tanh", False, True, False, True, True),
+    "llama": Family(rms_norm=True, gated=True, act="silu"),
+    "phi": Family(parallel=True, bias=True, head_bias=True),
+    "bloom": Family(rope=False, bias=True, embed_norm=True, fused_qkv=True),
 }
 
 
@@ -169,7 +169,89 @@ PRESETS = {
     "yayi-7b": _bloom(250684, 4096, 30, 32),
 }
 
-# --- 2. layers ----------------------------------------------------------------------------------------------
+# --- 2. where tokens stand ----------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, with room for `size` tokens a row.
+
+    k, v: (L, B, K, S, D); lengths: (B,) tokens held by each row. To roll back, to reuse a prefix or to
+    replace a row, assign to lengths and copy rows: what lies beyond lengths is never read.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, size: int, dtype: torch.dtype, device="cpu"):
+        check_length(config, size)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
+
+    @property
+    def size(self) -> int:
+        """Tokens that fit in a row."""
+        return self.k.shape[3]
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
+        """Store k, v (B, K, T, D) at positions (B, T); return all of the layer's: two (B, K, S, D)."""
+        keys, values = self.k[layer], self.v[layer]
+        if len(k) == 1:
+            keys.index_copy_(2, positions[0], k)
+            values.index_copy_(2, positions[0], v)
+        else:
+            row = torch.arange(len(k), device=k.device)[:, None]
+            keys[row, :, positions] = k.transpose(1, 2)  # indexed (B, T), so the value is (B, T, K, D)
+            values[row, :, positions] = v.transpose(1, 2)
+        return keys, values
+
+
+@dataclass
+class Where:
+    """What attention needs to know about positions, computed once per forward pass for all layers."""
+
+    positions: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
+    cos: torch.Tensor | None = None  # (B or 1, 1, T, R) fp32, of kernels.rope_table
+    sin: torch.Tensor | None = None
+    slopes: torch.Tensor | None = None  # (H,) fp32
+    lo: torch.Tensor | None = None  # (B, T) first key that each query sees
+    cache: KVCache | None = None
+    empty: bool = False  # the cache holds nothing yet, so the new tokens see only one another
+
+
+def check_length(config: ModelConfig, length: int) -> None:
+    """Refuse more tokens than a RoPE model was trained for (ValueError); under ALiBi only warn."""
+    if length <= config.max_position_embeddings:
+        return
+    text = f"{length} tokens exceed the model's context of {config.max_position_embeddings}"
+    if config.switches.rope:
+        raise ValueError(f"{text}; shorten the input, or ask for fewer new tokens")
+    warnings.warn(f"{text}; ALiBi can go on, but the model was not trained there", stacklevel=3)
+
+
+def document_starts(doc_ids: torch.Tensor) -> torch.Tensor:
+    """Find the index where each token's document begins: [[7, 7, 9]] -> [[0, 0, 2]].  (B, T) -> (B, T)."""
+    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
+    begins = torch.ones_like(doc_ids, dtype=torch.bool)
+    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
+    return torch.where(begins, index, 0).cummax(1).values
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """Give ALiBi's slope of each head: 2^(-8i/H) for a power of two, else the published interpolation.
+
+    For 12 heads: the 8 slopes of 8 heads, then every other slope of 16 heads.
+    """
+    power = 2 ** math.floor(math.log2(heads))
+    first = [2 ** (-8 * i / power) for i in range(1, power + 1)]
+    return first + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
+
+
+def rope_frequencies(config: ModelConfig, device) -> torch.Tensor:
+    """Give θ^(-2i/R) for i = 0 … R/2 − 1, fp32, where R counts the rotated dimensions only."""
+    R = config.rotary_dim
+    return config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float32, device=device) / R)
+
+
+# --- 3. layers ----------------------------------------------------------------------------------------------
 
 
 class Linear(nn.Linear):
@@ -312,88 +394,6 @@ class Head(Linear):
             return super().forward(x)
         nll, lse = kernels.linear_nll(x.flatten(0, 1), self.weight, self.bias, targets.flatten())
         return nll.view_as(targets), lse.view_as(targets)
-
-
-# --- 3. where tokens stand ----------------------------------------------------------------------------------
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, with room for `size` tokens a row.
-
-    k, v: (L, B, K, S, D); lengths: (B,) tokens held by each row. To roll back, to reuse a prefix or to
-    replace a row, assign to lengths and copy rows: what lies beyond lengths is never read.
-    """
-
-    def __init__(self, config: ModelConfig, batch: int, size: int, dtype: torch.dtype, device="cpu"):
-        check_length(config, size)
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, size, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)
-
-    @property
-    def size(self) -> int:
-        """Tokens that fit in a row."""
-        return self.k.shape[3]
-
-    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
-        """Store k, v (B, K, T, D) at positions (B, T); return all of the layer's: two (B, K, S, D)."""
-        keys, values = self.k[layer], self.v[layer]
-        if len(k) == 1:
-            keys.index_copy_(2, positions[0], k)
-            values.index_copy_(2, positions[0], v)
-        else:
-            row = torch.arange(len(k), device=k.device)[:, None]
-            keys[row, :, positions] = k.transpose(1, 2)  # indexed (B, T), so the value is (B, T, K, D)
-            values[row, :, positions] = v.transpose(1, 2)
-        return keys, values
-
-
-@dataclass
-class Where:
-    """What attention needs to know about positions, computed once per forward pass for all layers."""
-
-    positions: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
-    cos: torch.Tensor | None = None  # (B or 1, 1, T, R) fp32, of kernels.rope_table
-    sin: torch.Tensor | None = None
-    slopes: torch.Tensor | None = None  # (H,) fp32
-    lo: torch.Tensor | None = None  # (B, T) first key that each query sees
-    cache: KVCache | None = None
-    empty: bool = False  # the cache holds nothing yet, so the new tokens see only one another
-
-
-def check_length(config: ModelConfig, length: int) -> None:
-    """Refuse more tokens than a RoPE model was trained for (ValueError); under ALiBi only warn."""
-    if length <= config.max_position_embeddings:
-        return
-    text = f"{length} tokens exceed the model's context of {config.max_position_embeddings}"
-    if config.switches.rope:
-        raise ValueError(f"{text}; shorten the input, or ask for fewer new tokens")
-    warnings.warn(f"{text}; ALiBi can go on, but the model was not trained there", stacklevel=3)
-
-
-def document_starts(doc_ids: torch.Tensor) -> torch.Tensor:
-    """Find the index where each token's document begins: [[7, 7, 9]] -> [[0, 0, 2]].  (B, T) -> (B, T)."""
-    index = torch.arange(doc_ids.shape[1], device=doc_ids.device).expand_as(doc_ids)
-    begins = torch.ones_like(doc_ids, dtype=torch.bool)
-    begins[:, 1:] = doc_ids[:, 1:] != doc_ids[:, :-1]
-    return torch.where(begins, index, 0).cummax(1).values
-
-
-def alibi_slopes(heads: int) -> list[float]:
-    """Give ALiBi's slope of each head: 2^(-8i/H) for a power of two, else the published interpolation.
-
-    For 12 heads: the 8 slopes of 8 heads, then every other slope of 16 heads.
-    """
-    power = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    return first + [2 ** (-4 * i / power) for i in range(1, 2 * (heads - power), 2)]
-
-
-def rope_frequencies(config: ModelConfig, device) -> torch.Tensor:
-    """Give θ^(-2i/R) for i = 0 … R/2 − 1, fp32, where R counts the rotated dimensions only."""
-    R = config.rotary_dim
-    return config.rope_theta ** -(torch.arange(0, R, 2, dtype=torch.float32, device=device) / R)
 
 
 # --- 4. the model -------------------------------------------------------------------------------------------
