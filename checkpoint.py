@@ -179,9 +179,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     values["head"] = _read_head(raw, path)
     if values["head"] == "score":
         values["tie_word_embeddings"] = values["tie_word_embeddings"] and family == "bloom"
-    for key in TOKENS:
-        value = raw.get(key)
-        values[key] = value[0] if isinstance(value, list) else value
+    values |= {key: raw.get(key) for key in TOKENS}
     return ModelConfig(family, **values)
 
 
@@ -202,8 +200,10 @@ def _read_rope(raw: dict, family: str, path: Path) -> dict:
         raise ValueError(f"{path}: rope_parameters holds {', '.join(sorted(odd))}, which is not understood")
     part = {"llama": 1.0, "phi": 0.5}[family]  # PhiConfig's default; phi-2 itself says 0.4
     return {
-        "rope_theta": rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        "partial_rotary_factor": rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", part)),
+        "rope_theta": rope.get("rope_theta") or raw.get("rope_theta") or 10000.0,
+        "partial_rotary_factor": rope.get("partial_rotary_factor")
+        or raw.get("partial_rotary_factor")
+        or part,
     }
 
 

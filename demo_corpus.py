@@ -11,13 +11,15 @@ world something new, add one entry (and its words to VALUES). COMPUTED holds wha
 Held-out means: a held-out fact is stated in the pretraining text like any other, in several wordings, never
 as a question; but no instruction row and no preference pair asks it or states it. The exam asks held-out
 facts, chains of two of them, and sums whose pair of operands occurs nowhere. So it measures whether a model
-can use what it has read. An exam question has at most 13 characters: its only 13-gram is itself.
+can use what it has read. Contamination is looked for by shared 13-grams (GPT-3 report, appendix C); an exam
+question has at most 13 characters, so it could only be hit whole.
 
     python demo_corpus.py --out out/demo
     python demo_corpus.py --out out/demo --seed 2 --size_mb 1 --overwrite
 
-writes pretrain/world.jsonl, sft.jsonl, dpo.jsonl, exam/{dev,val}/*.csv (the form of C-Eval), facts.jsonl
-(with cloze prompts) and report.json (what is in it, counted by the checker, not by the writer).
+writes pretrain/world.jsonl, sft.jsonl, dpo.jsonl, exam/{dev,val}/*.csv (the file form of C-Eval, a Chinese
+four-choice benchmark), facts.jsonl (with cloze prompts) and report.json (what is in it, counted by the
+checker, not by the writer).
 """
 
 from __future__ import annotations
@@ -58,17 +60,8 @@ def chinese(n: int) -> str:
 def clock(minutes: int) -> str:
     """Say a time of day: 450 -> 早上七点半, 500 -> 早上八点二十分."""
     hour, minute = divmod(minutes, 60)
-    part = (
-        "早上"
-        if hour < 9
-        else "上午"
-        if hour < 12
-        else "中午"
-        if hour == 12
-        else "下午"
-        if hour < 18
-        else "晚上"
-    )
+    parts = ((9, "早上"), (12, "上午"), (13, "中午"), (18, "下午"), (24, "晚上"))
+    part = next(name for end, name in parts if hour < end)
     said = "两" if hour in (2, 14) else chinese(hour - 12 if hour > 12 else hour)
     return f"{part}{said}点" + ("半" if minute == 30 else f"{chinese(minute)}分" if minute else "")
 
@@ -97,7 +90,7 @@ RULES = """下了大雨>山路变得很滑 连着几天没下雨>田里的土裂
 篱笆倒了>羊跑进了菜地 渔网破了一个洞>鱼都溜走了 船底漏了水>船慢慢往下沉 车轮陷进泥里>马车动不了
 路灯坏了>夜里走路看不清 新修了一条公路>进城只要半个小时 学校添了图书室>孩子们更爱读书
 价钱降了一半>店里挤满了客人 集市换了地方>客人一时找不到 粮食收得多>米价降了下来 果子熟透了>枝头被压弯了
-茶叶采得太晚>茶味变得很苦 墨水放得太久>笔写不出字 菜刀很久没磨>切菜很费力 木头受了潮>门很难关上
+茶叶采得太晚>茶味变得很苦 墨水用完了>笔写不出字 菜刀很久没磨>切菜很费力 木头受了潮>门很难关上
 衣服没有晒干>身上又冷又湿 手没有洗干净>得了一场小病 听了一个笑话>大家都笑弯了腰
 收到远方的来信>一家人都很高兴 钥匙弄丢了>门一直打不开"""
 
@@ -135,7 +128,7 @@ VALUES: dict[str, list[str]] = {
         "food": """饺子 馄饨 汤圆 粽子 年糕 包子 馒头 花卷 烧饼 油条 麻花 春卷 米线 凉皮 拉面 刀削面 炸酱面
             热干面 臊子面 荞麦面 蛋炒饭 八宝饭 小米粥 皮蛋粥 豆花 红烧肉 糖醋鱼 清蒸鱼 酸菜鱼 烤鸭 白切鸡
             盐水鸭 狮子头 回锅肉 鱼香肉丝 麻婆豆腐 臭豆腐 宫保鸡丁 地三鲜 炒青菜 拌黄瓜 炖排骨 羊肉串 涮羊肉
-            牛肉面 腊肉 香肠 泡菜 酱萝卜 煎鸡蛋 茶叶蛋 绿豆糕 桂花糕 月饼 糖葫芦 烤红薯 爆米花 冰糖梨 芝麻糖
+            牛肉面 腊肉 香肠 泡菜 酱萝卜 煎鸡蛋 茶叶蛋 绿豆糕 桂花糕 月饼 糖葫芦 烤红薯 爆米花 冰糖雪梨 芝麻糖
             豆沙包""",
         "hobby": """下棋 钓鱼 画画 唱歌 跳舞 爬山 游泳 跑步 写字 读诗 看戏 听书 养花 种菜 拍照 剪纸 刺绣
             编竹筐 吹笛子 拉二胡 弹琵琶 打太极拳 踢毽子 放风筝 收集邮票 打乒乓球 打篮球 踢足球 骑自行车 划船
@@ -177,10 +170,10 @@ class Relation:
 
     subject: str  # whose fact it is: a kind of words
     value: str  # a kind of words
-    says: list[str]  # statements; see the rule below
+    says: list[str]  # statements; see the comment above TABLE
     asks: list[str]  # questions; those with at most 10 characters besides {s} can be asked in the exam
     both: str = ""  # one value of two subjects, {s} and {t}
-    more: str = ""  # by how much {d} the number in the value of {s} exceeds that of {t}
+    more: str = ""  # a comparison: the number of {s} is larger than that of {t} by {d}
     via: str = ""  # a name for the value, which makes questions of two hops: 林小雨住的地方
 
 
@@ -200,11 +193,11 @@ job: person job
     both {s}和{t}都是{v}
 food: person food
     says {s}爱吃{v} / {s}最喜欢吃{v} / {s}最爱的食物是{v} / {s}一看到{v}就胃口大开 / {v}是{s}最爱吃的东西
-    says {s}每次下馆子都点{v} / {s}怎么也吃不腻{v}
+    says {s}三天两头就要吃{v} / {s}天天吃{v}也吃不腻
     asks {s}爱吃什么？ / {s}最爱的食物是什么？
     both {s}和{t}都爱吃{v}
 age: person age
-    says {s}今年{v} / {s}的年龄是{v} / {s}已经{v}了 / {s}刚过完{v}生日 / {s}满{v}了 / 算起来{s}该{v}了
+    says {s}今年{v} / {s}的年龄是{v} / {s}已经{v}了 / {s}刚过完{v}生日 / {s}满{v}了 / 算起来{s}该有{v}了
     asks {s}今年多大？ / {s}的年龄是多少？
     both {s}和{t}都是{v}
     more {s}比{t}大{d}岁
@@ -214,7 +207,7 @@ pet: person pet
     asks {s}养了什么？ / {s}家里养着什么？
     both {s}和{t}都养了{v}
 birthday: person date
-    says {s}的生日是{v} / {s}生于{v} / {s}每年{v}过生日 / {v}是{s}的生日 / {s}的生日在{v}
+    says {s}的生日是{v} / {s}是{v}出生的 / {s}每年{v}过生日 / {v}是{s}的生日 / {s}的生日在{v}
     says 每到{v}，{s}就要过生日
     asks {s}的生日是哪天？ / {s}哪天过生日？
 treasure: person treasure
@@ -232,7 +225,7 @@ rise: person rise
     asks {s}每天几点起床？ / {s}的起床时间是几点？
     both {s}和{t}都在{v}起床
 hobby: person hobby
-    says {s}喜欢{v} / {s}的爱好是{v} / {s}一有空就{v} / {s}闲下来就去{v} / {s}觉得{v}最有意思 / {s}对{v}很着迷
+    says {s}喜欢{v} / {s}的爱好是{v} / {s}一有空就{v} / {s}闲下来总爱{v} / {s}觉得{v}最有意思 / {s}对{v}很着迷
     says {v}是{s}的爱好
     asks {s}喜欢做什么？ / {s}的爱好是什么？
     both {s}和{t}都喜欢{v}
@@ -241,9 +234,9 @@ product: place product
     says {v}是{s}的特产
     asks {s}出产什么？ / {s}的特产是什么？
 river: place river
-    says {s}靠着{v} / {v}从{s}旁边流过 / {s}在{v}边上 / {s}的人喝{v}的水 / {s}旁边流着{v}
+    says {s}靠着{v} / {v}从{s}旁边流过 / {s}在{v}边上 / {s}的人都喝{v}的水 / {s}旁边就是{v}
     says {s}的孩子常在{v}边玩耍
-    asks {s}靠着哪条河？ / {s}旁边流着哪条河？
+    asks {s}靠着哪条河？ / {s}旁边是哪条河？
     both {s}和{t}都靠着{v}
 hill: place hill
     says {s}背靠{v} / {s}后面是{v} / {s}的人常去{v}采药 / {s}坐落在{v}脚下 / 从{s}抬头就能看见{v}
@@ -251,15 +244,15 @@ hill: place hill
     asks {s}背靠哪座山？ / {s}后面是哪座山？
     both {s}和{t}都背靠{v}
 county: place county
-    says {s}属于{v} / {s}归{v}管 / {s}是{v}的一个地方 / {s}在{v}境内 / {v}管着{s}
+    says {s}属于{v} / {s}归{v}管 / {s}在{v}的地界上 / {s}在{v}境内 / {v}下辖{s}
     asks {s}属于哪个县？ / {s}归哪个县管？
     both {s}和{t}都属于{v}
 year: place year
     says {s}建于{v} / {s}的历史从{v}算起 / {s}早在{v}就有了 / {s}是{v}建起来的 / 人们在{v}建起了{s}
     asks {s}建于哪一年？ / {s}是哪一年建的？
-    more {s}比{t}晚建{d}年
+    more {s}比{t}晚{d}年建成
 market: place monthday
-    says {s}每月{v}赶集 / {s}的集市在每月{v} / 每月{v}是{s}赶集的日子 / {s}逢{v}有集市
+    says {s}每月{v}赶集 / {s}的集市在每月{v} / 每月{v}是{s}赶集的日子 / {s}逢{v}有集
     says 每到{v}，{s}就特别热闹
     asks {s}每月哪天赶集？ / {s}的集市在哪天？
     both {s}和{t}都在每月{v}赶集
@@ -268,31 +261,31 @@ tree: place tree
     says {s}的老{v}有上百年了
     asks {s}最老的树是什么树？ / {s}的路口有什么树？
 homes: place homes
-    says {s}有{v}人家 / {s}一共住着{v}人家 / {s}的人家共有{v} / {s}登记在册的有{v} / 有{v}人家住在{s}
-    asks {s}有多少户人家？ / {s}住着多少户？
+    says {s}有{v}人家 / {s}一共住着{v}人家 / {s}的住户一共是{v} / {s}在册的人家有{v} / 有{v}人家住在{s}
+    asks {s}有多少户人家？ / {s}住着多少户人家？
     more {s}比{t}多{d}户人家
 price: good price
     says {s}卖{v} / {s}的价钱是{v} / 买{s}要花{v} / {s}标价{v} / 花{v}就能买到{s}
     asks {s}卖多少钱？ / {s}的价钱是多少？
     more {s}比{t}贵{d}元
 sold: good shop
-    says {s}在{v}出售 / {s}只有{v}才卖 / 买{s}要去{v} / {v}卖的{s}最好 / {s}摆在{v}的柜台上
+    says {s}在{v}出售 / {s}只有在{v}才买得到 / 买{s}要去{v} / {v}卖的{s}最好 / {s}摆在{v}的货架上
     asks {s}在哪家店出售？ / 买{s}要去哪家店？
     both {s}和{t}都在{v}出售
     via  卖{s}的店
 days: good days
-    says {s}要经过{v}才能做好 / 做成{s}需要{v} / {s}的制作时间是{v} / 制作{s}一般要{v} / {s}做起来要{v}
-    asks {s}做好要几天？ / 制作{s}要多少天？
+    says {s}要{v}才能做好 / 做成{s}需要{v} / {s}的制作时间是{v} / 制作{s}一般要{v} / {s}做起来要{v}
+    asks {s}做好要多少天？ / 制作{s}要多少天？
 at: shop place
     says {s}开在{v} / {s}的店面在{v} / {s}在{v}开了很多年 / 去{v}就能找到{s} / {s}是{v}的一家店铺
     asks {s}开在哪里？ / {s}的店面在哪里？
     via  {s}所在的地方
 open: shop open
-    says {s}每天{v}开门 / {s}的开门时间是{v} / {s}一般{v}开始营业 / 一到{v}，{s}就开门 / {s}总在{v}开门
+    says {s}每天{v}开门 / {s}的开门时间是{v} / {s}一般{v}开始营业 / 一到{v}，{s}就开门 / {s}总是{v}开门
     asks {s}几点开门？ / {s}的开门时间是几点？
     both {s}和{t}都在{v}开门
 close: shop close
-    says {s}每天{v}关门 / {s}的打烊时间是{v} / {s}一般{v}收工 / 一到{v}，{s}就打烊 / {s}总在{v}关门
+    says {s}每天{v}关门 / {s}的打烊时间是{v} / {s}一般{v}打烊 / 一到{v}，{s}就打烊 / {s}总是{v}关门
     asks {s}几点关门？ / {s}的打烊时间是几点？
     both {s}和{t}都在{v}关门
 owner: shop person
@@ -361,7 +354,9 @@ Fact = tuple[str, str]  # (name of the relation, subject): the key of World.fact
 
 @dataclass(frozen=True)
 class World:
-    """Everything that is true: `facts` maps (relation, subject) to the value, `words` a kind to its words.
+    """Everything that is true: `facts` maps (relation, subject) to the value.
+
+    `words` maps a kind to {word: its place in the list}: a fast `in`, and the place of an hour is its number.
 
     `sums` are the pairs of operands that are taught; `heldout` and `heldout_sums` (pairs a <= b) are what
     only the exam asks.
@@ -733,7 +728,7 @@ def pretraining_documents(world: World, seed: int, size: int) -> list[str]:
     pairs: list[tuple[int, int]] = []
     documents, written, turn = [], 0, 0
     while written < size:
-        paragraphs, turn = [], turn + 1
+        paragraphs, turn = [], turn + 1  # a round in four goes by relation: two subjects meet in a sentence
         if turn % 4 == 0:
             for facts in by_relation.values():
                 for part in chunks(rng.sample(facts, len(facts)), 4, 7, rng):
@@ -905,13 +900,13 @@ def preference_rows(world: World, seed: int, count: int = 1000) -> list[dict]:
         if kind == "sum":
             a, b = rng.choice(world.sums)
             question = sum_question(a, b)
-            rejected = f"{a}加{b}等于{options(world, question, 3, rng)[0]}。"
+            rejected = f"{a}加{b}等于{options(world, question, 3, rng)[0]}。"  # the right one is at 3
         else:
             fact = rng.choice(taught)
             question = rng.choice(questions(world, fact))
             body = question.proof[:-1]
             if kind == "value":
-                wrong = options(world, question, 3, rng)[0]
+                wrong = options(world, question, 3, rng)[0]  # the right one is at 3
                 rejected = RELATIONS[fact[0]].says[0].format(s=fact[1], v=wrong) + "。"
             elif kind == "repeat":
                 rejected = body * rng.randint(3, 5)

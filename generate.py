@@ -10,7 +10,7 @@ step. Each row has its own random generator, so its text does not depend on what
 At load q, k, v and gate, up are fused into one matrix each, which saves calls; fused weights are never saved.
 A single row on a CPU has a decoding step of its own (`OneRow`).
 
-    python generate.py out/run --prompt "年轻人不应该再努力了，年轻人就应该享受生活，"
+    python generate.py out/run --prompt "大家都知道，"
     python generate.py out/run --file prompts.txt --no_echo --temperature 0
     python generate.py out/run                      # every line that you type is a prompt
 
@@ -34,7 +34,7 @@ import tyro
 import common
 import kernels
 from checkpoint import load_model, model_folder
-from model import MLP, Attention, KVCache, Linear, Model, Norm, Where
+from model import MLP, Attention, KVCache, Linear, Model, Norm, Positions
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
@@ -67,13 +67,13 @@ def load(
 class FusedAttention(Attention):
     """Attention whose q, k and v come from one matrix, qkv_proj: H·D rows of q, K·D of k, K·D of v."""
 
-    def project(self, x: torch.Tensor, where: Where):
+    def project(self, x: torch.Tensor, at: Positions):
         """Give q (B, H, T, D), k and v (B, K, T, D), turned to their positions."""
         B, T, _ = x.shape
-        heads = self.qkv_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        heads = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
         qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if where.cos is not None:
-            qk = kernels.rope(qk, where.cos, where.sin)
+        if at.cos is not None:
+            qk = kernels.rope(qk, at.cos, at.sin)
         return *qk.split((self.heads, self.kv_heads), dim=1), v
 
 
@@ -105,14 +105,14 @@ def _stack(*layers: Linear) -> Linear:
 def fuse(model: Model, rows: int = 1) -> Model:
     """Stack q, k, v and gate, up of every layer, in place, for inference.
 
-    With rows 1 weights are stored by columns where that is faster: 1.5 times on a CPU (kernels/matvec.py);
-    2 to 16 rows at a time would then be slower.
+    With rows 1 weights are stored by columns where that is faster (1.5 times with two threads on a CPU, see
+    kernels/matvec.py); 2 to 16 rows at a time would then be slower.
     """
     for layer in model.layers:
         attn, mlp = layer.self_attn, layer.mlp
         if isinstance(attn, FusedAttention):
-            return model  # fused already
-        if attn.fused:  # BLOOM's rows are (H, 3, D)
+            continue  # stacked before
+        if attn.interleaved:  # BLOOM's rows are (H, 3, D)
             attn.qkv_proj = qkv = attn.query_key_value
             del attn.query_key_value
             for p in (qkv.weight, qkv.bias):
@@ -124,8 +124,9 @@ def fuse(model: Model, rows: int = 1) -> Model:
         if mlp.gate_proj is not None:
             layer.mlp = FusedMLP(mlp)
     for module in model.modules():
-        if rows == 1 and isinstance(module, Linear) and kernels.columns_are_faster(module.weight):
-            module.weight.data = kernels.by_columns(module.weight)
+        if isinstance(module, Linear):
+            columns = rows == 1 and kernels.columns_are_faster(module.weight)
+            module.weight.data = kernels.by_columns(module.weight) if columns else module.weight.contiguous()
     return model.requires_grad_(False).eval()
 
 
@@ -169,7 +170,7 @@ class OneRow:
             x = self.embed_norm(x)
         if self.rope is not None:
             cos, sin = kernels.rope_table(cache.lengths[None], self.rope)
-        for i, (norm, qkv, o, norm2, mlp) in enumerate(self.layers):
+        for i, (norm, qkv, out, mlp_norm, mlp) in enumerate(self.layers):
             n = norm(x)
             heads = qkv(n).view(1, H + 2 * K, 1, D)
             qk, v = heads[:, : H + K], heads[:, H + K :]
@@ -179,8 +180,8 @@ class OneRow:
             keys[:, :, position] = qk[:, H:, 0]
             values[:, :, position] = v[:, :, 0]
             y = kernels.attention_decode(qk[:, :H], keys, values, cache.lengths, self.slopes)
-            x = o(y.view(-1), x)
-            x = mlp(n if norm2 is None else norm2(x), x)
+            x = out(y.view(-1), x)
+            x = mlp(n if mlp_norm is None else mlp_norm(x), x)  # Phi: attention and MLP read the same norm
         cache.lengths = cache.lengths + 1
         return self.head(self.norm(x))
 
@@ -290,6 +291,7 @@ def decode(
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     cache = KVCache(model.config, len(prompts), size, dtype, device)
     generators = [torch.Generator().manual_seed(s.seed) for s in samplings]
+    eos = model.config.eos_ids
 
     ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     for b, prompt in enumerate(prompts):
@@ -304,7 +306,7 @@ def decode(
         for b, s in enumerate(samplings):
             token = sample(rows[b], s, generators[b]) if left[b] > 0 else None
             left[b] -= 1
-            if token == model.config.eos_token_id and not s.ignore_eos:
+            if token in eos and not s.ignore_eos:
                 left[b] = 0
             tokens.append(token)
         if all(t is None for t in tokens):
@@ -333,16 +335,16 @@ def generate(
         for row, token in zip(out, tokens, strict=True):
             if token is not None:
                 row.append(token)
-    eos = model.config.eos_token_id
+    eos = model.config.eos_ids
     samplings = [sampling] * len(out) if isinstance(sampling, Sampling) else sampling
-    return [r[:-1] if r and r[-1] == eos and not s.ignore_eos else r for r, s in zip(out, samplings)]
+    return [r[:-1] if r and r[-1] in eos and not s.ignore_eos else r for r, s in zip(out, samplings)]
 
 
 def stream(model: Model, tokenizer: Tokenizer, prompt: list[int], sampling: Sampling) -> Iterator[str]:
     """Yield the continuation of one prompt as text, whole characters as soon as they are complete."""
     decoder = tokenizer.stream(at_start=False)
     for (token,) in decode(model, [prompt], sampling):
-        if token is not None and (token != model.config.eos_token_id or sampling.ignore_eos):
+        if token is not None and (token not in model.config.eos_ids or sampling.ignore_eos):
             yield decoder.push(token)
     yield decoder.flush()
 
@@ -386,7 +388,10 @@ def main(config: GenerateConfig) -> None:
     else:
         print("every line is a prompt; an empty line or Ctrl-D ends", file=sys.stderr)
         while line := _read_line():
-            _complete(model, tokenizer, line, config)
+            try:
+                _complete(model, tokenizer, line, config)
+            except ValueError as error:  # a line that is too long does not end the session
+                print(f"error: {error}", file=sys.stderr)
 
 
 def _read_line() -> str:
@@ -421,10 +426,15 @@ def _complete_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
-    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    prompts = [(n, line.rstrip("\r")) for n, line in enumerate(lines, 1) if line.strip()]
+    encoded = [tokenizer.encode_prompt(prompt) for _, prompt in prompts]
+    context = model.config.max_position_embeddings
+    for (n, _), ids in zip(prompts, encoded):  # before anything is written
+        if model.config.switches.rope and len(ids) > context:
+            raise ValueError(f"{path}:{n}: {len(ids)} tokens exceed the model's context of {context}")
     for i in range(0, len(prompts), config.batch):
-        part = prompts[i : i + config.batch]
-        for prompt, new in zip(part, generate(model, [tokenizer.encode_prompt(p) for p in part], config)):
+        part = slice(i, i + config.batch)
+        for (_, prompt), new in zip(prompts[part], generate(model, encoded[part], config)):
             print((prompt if config.echo else "") + tokenizer.decode(new, at_start=False), flush=True)
 
 

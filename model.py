@@ -12,7 +12,7 @@ A family is a setting of switches, not a subclass:
 This file is nn.Module and shapes, nothing else: files are in checkpoint.py, parallelism in parallel.py,
 sampling in generate.py. Every operation that decides speed is a function of kernels/.
 
-Precision is visible. Parameters may be fp32 masters while `model.compute_dtype` is bf16: the embedding's
+Precision is explicit. Parameters may be fp32 masters while `model.compute_dtype` is bf16: the embedding's
 output is cast once, and every layer casts its weight to the dtype of what flows in. There is no autocast.
 
     model = build(PRESETS["demo"]);  init_weights(model, seed=1)
@@ -52,13 +52,13 @@ class Family:
     bias: bool = False  # on every linear of the blocks
     head_bias: bool = False
     embed_norm: bool = False  # a norm after the embedding
-    fused_qkv: bool = False  # one linear for q, k, v, interleaved by head: (H, 3, D)
+    interleaved_qkv: bool = False  # one linear for q, k, v, whose rows go by head: (H, 3, D)
 
 
 FAMILIES = {
     "llama": Family(rms_norm=True, gated=True, act="silu"),
     "phi": Family(parallel=True, bias=True, head_bias=True),
-    "bloom": Family(rope=False, bias=True, embed_norm=True, fused_qkv=True),
+    "bloom": Family(rope=False, bias=True, embed_norm=True, interleaved_qkv=True),
 }
 
 
@@ -84,14 +84,22 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     head: str = "lm"  # lm | score (a number per token: reward model, critic) | none (hidden states)
     bos_token_id: int | None = None
-    eos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None  # several: any of them ends a text
     pad_token_id: int | None = None
     dropout: float = 0.0  # after the embedding and on both residual branches; a training option, not stored
 
     def __post_init__(self):
+        require = functools.partial(_require, self)
+        sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings"):
+            value = getattr(self, name)
+            require(isinstance(value, int) and value > 0, f"{name} must be a positive whole number")
+        require(
+            isinstance(self.vocab_size, int) and self.vocab_size >= 0, "vocab_size must be a whole number"
+        )
+        require(self.hidden_size % self.num_attention_heads == 0, "hidden_size: a multiple of the heads")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        require = functools.partial(_require, self)
         require(self.family in FAMILIES, f"family must be one of {', '.join(FAMILIES)}")
         require(self.head in ("lm", "score", "none"), "head must be lm, score or none")
         require(
@@ -114,6 +122,12 @@ class ModelConfig:
         if self.family != "phi":
             require(self.partial_rotary_factor == 1.0, "only Phi rotates a part of the head")
         require(0 <= self.dropout < 1, "dropout must lie in [0, 1)")
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """The ids that end a text."""
+        eos = self.eos_token_id
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
     @property
     def switches(self) -> Family:
@@ -146,11 +160,12 @@ def _bloom(vocab, width, layers, heads) -> ModelConfig:
 FROM_TOKENIZER = 0  # a vocab_size that train.py replaces by the tokenizer's, rounded up to a multiple of 64
 
 PRESETS = {
-    # for a laptop
+    # vocabulary, width, layers, heads, MLP width, context (Phi: then the share of a head that RoPE turns)
+    # - for a laptop
     "tiny": _llama(FROM_TOKENIZER, 64, 2, 4, 176, 256, kv=2, tie_word_embeddings=True),
     "demo": _llama(FROM_TOKENIZER, 256, 4, 4, 704, 512, tie_word_embeddings=True),
     "small": _llama(FROM_TOKENIZER, 512, 8, 8, 1408, 512, tie_word_embeddings=True),
-    # the published systems
+    # - the published systems
     "phi-2": _phi(51200, 2560, 32, 32, 10240, 2048, 0.4),
     "xiangxin-3b": _phi(51200, 2560, 32, 32, 10240, 2048, 0.4),
     "phi2-chinese-0.2b": _phi(35840, 768, 16, 12, 4096, 512, 0.5),
@@ -169,7 +184,7 @@ PRESETS = {
     "yayi-7b": _bloom(250684, 4096, 30, 32),
 }
 
-# --- 2. where tokens stand ----------------------------------------------------------------------------------
+# --- 2. positions and the cache ----------------------------------------------------------------------------
 
 
 class KVCache:
@@ -205,10 +220,10 @@ class KVCache:
 
 
 @dataclass
-class Where:
+class Positions:
     """What attention needs to know about positions, computed once per forward pass for all layers."""
 
-    positions: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
+    index: torch.Tensor  # (B or 1, T) index of each token in its document or cache row
     cos: torch.Tensor | None = None  # (B or 1, 1, T, R) fp32, of kernels.rope_table
     sin: torch.Tensor | None = None
     slopes: torch.Tensor | None = None  # (H,) fp32
@@ -302,9 +317,9 @@ class Attention(nn.Module):
             config.hidden_size,
         )
         self.heads, self.kv_heads, self.head_dim = H, K, D
-        self.fused = config.switches.fused_qkv
+        self.interleaved = config.switches.interleaved_qkv
         bias = config.switches.bias
-        if self.fused:
+        if self.interleaved:
             self.query_key_value = Linear(C, 3 * H * D, bias=bias)
         else:
             self.q_proj = Linear(C, H * D, bias=bias)
@@ -312,33 +327,35 @@ class Attention(nn.Module):
             self.v_proj = Linear(C, K * D, bias=bias)
         self.o_proj = Linear(H * D, C, bias=bias)
 
-    def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         """Mix information along time: (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        q, k, v = self.project(x, where)
-        if where.cache is None:
-            y = kernels.attention(q, k, v, lo=where.lo, slopes=where.slopes)
+        q, k, v = self.project(x, at)
+        if at.cache is None:
+            y = kernels.attention(q, k, v, lo=at.lo, slopes=at.slopes)
         else:
-            keys, values = where.cache.write(self.layer, k, v, where.positions)  # (B, K, S, D)
-            lengths = where.cache.lengths
-            if where.empty:
-                y = kernels.attention(q, k, v, slopes=where.slopes)
-            elif T <= 8:
-                y = kernels.attention_decode(q, keys, values, lengths, where.slopes)
+            keys, values = at.cache.write(self.layer, k, v, at.index)  # (B, K, S, D)
+            lengths = at.cache.lengths
+            if at.empty:
+                y = kernels.attention(q, k, v, slopes=at.slopes)
+            elif T <= 8:  # a decoding step reads only the used part of the cache
+                y = kernels.attention_decode(q, keys, values, lengths, at.slopes)
             else:
-                y = kernels.attention(q, keys, values, start=lengths, slopes=where.slopes)
+                y = kernels.attention(q, keys, values, start=lengths, slopes=at.slopes)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
 
-    def project(self, x: torch.Tensor, where: Where):
+    def project(self, x: torch.Tensor, at: Positions):
         """Give the heads' queries (B, H, T, D), keys and values (B, K, T, D), turned to their positions."""
         B, T, _ = x.shape
-        if self.fused:
+        if self.interleaved:
             q, k, v = self.query_key_value(x).view(B, T, self.heads, 3, self.head_dim).unbind(3)
         else:
-            q, k, v = (p(x).view(B, T, -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
+            q = self.q_proj(x).view(B, T, self.heads, self.head_dim)
+            k = self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)
+            v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if where.cos is not None:
-            q, k = kernels.rope(q, where.cos, where.sin), kernels.rope(k, where.cos, where.sin)
+        if at.cos is not None:
+            q, k = kernels.rope(q, at.cos, at.sin), kernels.rope(k, at.cos, at.sin)
         return q, k, v
 
 
@@ -371,10 +388,10 @@ class Block(nn.Module):
         self.post_attention_layernorm = None if config.switches.parallel else Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor, where: Where) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         """Add this block's contribution to the residual stream (B, T, C)."""
         n = self.input_layernorm(x)
-        a = self.self_attn(n, where)
+        a = self.self_attn(n, at)
         if self.post_attention_layernorm is None:
             return x + self.drop(a + self.mlp(n))
         n, x = self.post_attention_layernorm(self.drop(a), residual=x)  # one pass adds and normalises
@@ -455,9 +472,9 @@ class Model(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = F.dropout(x, self.config.dropout, self.training)
-        where = self._where(B, T, ids.device, doc_ids, cache)
+        at = self._positions(B, T, ids.device, doc_ids, cache)
         for layer in self.layers:
-            x = layer(x, where)
+            x = layer(x, at)
         if cache is not None:
             cache.lengths = cache.lengths + (T if num_new is None else num_new)
         if last:
@@ -473,26 +490,27 @@ class Model(nn.Module):
         nll, z = self.lm_head(x, targets)
         return (nll, z) if lse else nll
 
-    def _where(self, B, T, device, doc_ids, cache) -> Where:
+    def _positions(self, B, T, device, doc_ids, cache) -> Positions:
         steps = torch.arange(T, device=device)[None]  # (1, T)
         if cache is not None:
             assert doc_ids is None, "a cache row is one document"
+            # not for one token: who decodes has sized the cache, and asking would wait for the device
             if T > 1 and int(cache.lengths.max()) + T > cache.size:
                 raise ValueError(f"{T} more tokens, padding included, do not fit a cache of {cache.size}")
-            where = Where(
+            at = Positions(
                 cache.lengths[:, None] + steps, cache=cache, empty=T > 1 and not cache.lengths.any()
             )
         elif doc_ids is not None:
             lo = document_starts(doc_ids)
-            where = Where(steps - lo, lo=lo)
+            at = Positions(steps - lo, lo=lo)
         else:
-            where = Where(steps)
+            at = Positions(steps)
         if cache is None:
             check_length(self.config, T)
-        frequencies, where.slopes = self.position_tables(device)
+        frequencies, at.slopes = self.position_tables(device)
         if frequencies is not None:
-            where.cos, where.sin = kernels.rope_table(where.positions, frequencies)
-        return where
+            at.cos, at.sin = kernels.rope_table(at.index, frequencies)
+        return at
 
     def position_tables(self, device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Give RoPE's frequencies (R/2,) and ALiBi's slopes (H,), fp32; one of them is None."""

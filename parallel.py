@@ -2,10 +2,11 @@
 
     build(config, device="meta") -> parallelize -> load_into | init_weights -> optimizer -> fit
 
-Order matters: allocate, compile per block, then wrap. Under DDP every rank holds the whole model and works
-on its own rows of the batch. Gradients are summed over ranks, not averaged: `fit` divides the sum by the
-number of trained tokens of all ranks, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 give one
-result.
+The order matters: DDP (DistributedDataParallel) looks at the parameters when it wraps, so their memory must
+be there; blocks are compiled before, so that parameters keep their names. Under DDP every process ("rank")
+holds the whole model and works on its own rows of the batch. Gradients are summed over ranks, not averaged:
+`fit` divides the sum by the number of trained tokens of all ranks, so 1 process x 8 rows, 4 micro-batches x 2
+and 2 ranks x 4 give one result.
 
 Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
 """
@@ -39,7 +40,7 @@ def parallelize(model: Model, process: Process, compile: bool = False) -> nn.Mod
     return wrapped
 
 
-def _sum_gradients(_, bucket):  # DDP refuses annotations that are strings
+def _sum_gradients(_, bucket):  # no annotations: DDP checks them as types, and here they would be strings
     """Replace DDP's average by a sum; dividing by W and multiplying again would not be exact for every W."""
     return dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda done: done.value()[0])
 

@@ -1,5 +1,5 @@
 # Sourced by speedrun.sh and test.sh: make .venv once, install the given requirements file, set PYTHON.
-# torch comes first and by its exact version, so that pip takes a wheel that lies on this machine, if one does.
+# torch comes first and by its exact version, so that pip can use a wheel that is stored on this machine.
 requirements=$1
 if [ ! -x .venv/bin/python ]; then
     "${BOOTSTRAP_PYTHON:-python3}" -m venv .venv

@@ -44,7 +44,7 @@ stage pack "$PYTHON" data.py pack "$out/demo/pretrain" --tokenizer "$out/tok" --
 train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
        --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02 --save_every 0 --eval_every 100)
 if [ "$budget" = auto ]; then
-    # the probe: a few steps tell the tokens per second; pretraining may take four minutes
+    # the probe: a few steps tell the tokens per second; pretraining aims at four minutes
     stage probe "${train[@]}" --out "$out/probe" --steps 12 --eval_every 0
     budget=$("$PYTHON" - "$out/probe/metrics.jsonl" <<'PY'
 import json, statistics, sys
@@ -59,5 +59,6 @@ case $budget in full) tokens=2800000 ;; half) tokens=1400000 ;; quarter) tokens=
 echo "budget: $budget, $tokens tokens"
 stage pretrain "${train[@]}" --tokens "$tokens" --out "$out/run"
 stage sample "$PYTHON" generate.py "$out/run" --prompt "大家都知道，" --max_new_tokens 60 --temperature 0.7
+cat "$out/sample.log"
 echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
 echo "go on: .venv/bin/python generate.py $out/run"

@@ -1,8 +1,8 @@
 """The operations that decide speed: one per file, each with its formula and its plain-torch definition.
 
-The plain-torch functions here are the definition, the CPU path and the oracle of every faster kernel. They
-take all options, run in any floating dtype (float64 included) and are differentiable. model.py calls them
-and never looks at the device.
+The plain-torch functions here are the definition, the CPU path, and what any faster kernel has to agree
+with. They take all options, run in any floating dtype (float64 included) and are differentiable, matvec
+excepted. model.py calls them and never looks at the device.
 
 Shapes: B batch, T query length, S key length, H query heads, K key-value heads, D head dim, C width, F mlp
 width, V vocabulary, N rows (B·T flattened).

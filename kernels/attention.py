@@ -1,10 +1,11 @@
-"""Causal attention with grouped heads, documents, a cache and ALiBi, all through two numbers per query.
+"""Causal attention with grouped heads, documents, a cache and ALiBi, all through two integers:
+where a row's queries begin, and each query's first key.
 
     out[b,h,i] = Σ_j softmax_j( q[b,h,i]·k[b,h//G,j] / √D − slopes[h]·(p − j) ) v[b,h//G,j]
     p = start[b] + i,   j runs over lo[b,i] … p,   G = H/K query heads share a key-value head
 
 `start` says where the queries sit among the keys (a cache), `lo` is the first key that a query may see
-(packed documents, sliding windows). A query that sees no key (lo > p) gives 0.
+(packed documents). A query that sees no key (lo > p) gives 0.
 
 ALiBi: Press et al. 2021, "Train Short, Test Long". Grouped heads: Ainslie et al. 2023, "GQA".
 """
@@ -44,7 +45,9 @@ def attention(
         visible = visible & (key >= lo[..., None])
     visible = visible[:, None]  # (B or 1, 1, T, S)
     if slopes is None:
-        if dense_is_faster and (lo is None or bool(visible.any(-1).all())):  # no key would be 0 / 0 there
+        if dense_is_faster and (
+            lo is None or bool(visible.any(-1).all())
+        ):  # a query that sees no key: 0 / 0 there
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if grouped else t for t in (k, v))
             return _DenseAttention.apply(q, k, v, visible)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
@@ -52,10 +55,10 @@ def attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     distance = (position[..., None] - key)[:, None].to(wide)
     bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
-    out = F.scaled_dot_product_attention(
-        q.to(wide), k.to(wide), v.to(wide), attn_mask=bias, enable_gqa=grouped
-    )
-    return out.to(q.dtype)
+    if not q.is_cpu or torch.is_grad_enabled():  # elsewhere the bias must have the dtype of q
+        q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
 
 
 class _DenseAttention(torch.autograd.Function):

@@ -15,12 +15,15 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
 
 def columns_are_faster(weight: torch.Tensor) -> bool:
     """Tell whether `matvec` is faster for this weight if it is stored by columns (see `by_columns`)."""
-    narrow = weight.dtype in (torch.bfloat16, torch.float16)
-    return weight.is_cpu and narrow and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not weight.is_cpu or not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
+    several = torch.get_num_threads() > 1  # one thread cannot use the memory's speed, and mv is as fast
+    return weight.dtype == torch.float16 or (weight.dtype == torch.bfloat16 and several)
 
 
 def by_columns(weight: torch.Tensor) -> torch.Tensor:
@@ -29,12 +32,19 @@ def by_columns(weight: torch.Tensor) -> torch.Tensor:
 
 
 def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = None) -> torch.Tensor:
-    """Multiply weight (out, in), stored either way, by x (in,); return (out,) in x's dtype. No gradient."""
+    """Multiply weight (out, in), stored either way, by x (in,); return (out,) in x's dtype. No gradients.
+
+    By columns each thread rounds its part of the sum to x's dtype, so another number of threads may differ in
+    the last bit.
+    """
     columns = weight.t()
-    if not columns.is_contiguous() or not columns_are_faster(weight):
+    if not columns.is_contiguous() or weight.dtype not in (torch.bfloat16, torch.float16):
+        if weight.dtype == torch.float16:  # torch.mv takes twice as long
+            return F.linear(x, weight) if add is None else F.linear(x, weight, add)
         return torch.mv(weight, x) if add is None else torch.addmv(add, weight, x)
     index, starts = _bags(len(x), torch.get_num_threads())
-    parts = torch.embedding_bag(columns, index, starts, False, 0, False, x)[0]  # a part of the sum per thread
+    # bag t adds up x[j] · columns[j] over its part of j; the flags: unscaled, mode 0 (sum), dense
+    parts = torch.embedding_bag(columns, index, starts, False, 0, False, x)[0]  # (threads, out)
     y = parts.sum(0)  # in fp32, of parts rounded to x's dtype
     return y if add is None else y + add
 
@@ -42,4 +52,6 @@ def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = Non
 @functools.cache
 def _bags(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the indices 0 … length − 1 and where each of `count` equal parts starts."""
-    return torch.arange(length, dtype=torch.int32), torch.arange(count, dtype=torch.int32) * length // count
+    with torch.inference_mode(False):  # kept for calls of every kind
+        starts = torch.arange(count, dtype=torch.int32) * length // count
+        return torch.arange(length, dtype=torch.int32), starts

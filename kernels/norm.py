@@ -24,7 +24,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     h = x if residual is None else x + residual
     # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
     if h.dim() == 1 and h.is_cpu and not torch.is_grad_enabled():  # one token: the same in fewer calls
-        wide = h.float()
+        wide = h.to(torch.promote_types(h.dtype, torch.float32))
         y = (wide / math.sqrt(torch.dot(wide, wide).item() / len(h) + eps)).to(h.dtype) * weight.to(h.dtype)
     else:
         y = F.rms_norm(h, h.shape[-1:], eps=eps) * weight.to(h.dtype)

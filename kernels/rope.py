@@ -30,6 +30,7 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x (B, H, T, D); cos and sin (B or 1, 1, T, R) fp32, from rope_table. Returns (B, H, T, D) in x's dtype.
     """
     R = cos.shape[-1]
-    part = (x if x.shape[-1] == R else x[..., :R]).to(cos.dtype)  # in fp32
+    wide = torch.promote_types(x.dtype, cos.dtype)  # fp32, or fp64
+    part = (x if x.shape[-1] == R else x[..., :R]).to(wide)
     turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)  # roll: (b, a) beside (a, b)
     return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)

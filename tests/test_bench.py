@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import re
 
 import pytest
+import torch
 from conftest import run_script
 
 import bench
+from model import ModelConfig, build, init_weights
 
 
 def test_kneser_ney_probabilities_sum_to_one():
@@ -36,6 +39,21 @@ def test_kneser_ney_prefers_text_like_its_own():
     )
 
 
+def test_sliding_windows_code_every_token_once_and_see_half_a_window():
+    config = ModelConfig("llama", 61, 32, 2, 4, 64, 64)
+    model = build(config).eval()
+    init_weights(model, 1, std=0.3)
+    ids = torch.randint(0, 61, (150,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole = model(ids[None, :32], ids[None, 1:33]).sum()
+        assert bench.sliding_nats(model, ids[:33].tolist(), 32) == pytest.approx(float(whole), rel=1e-5)
+        want = float(whole)
+        for start in range(16, 150, 16):  # by hand: the second half of each window is new
+            part = model(ids[None, start : start + 32][:, : 149 - start], ids[None, start + 1 : start + 33])
+            want += float(part[0, 16:].sum())
+    assert bench.sliding_nats(model, ids.tolist(), 32) == pytest.approx(want, rel=1e-5)
+
+
 def test_train_and_decode_benches_agree_with_transformers():
     """Ours and theirs start from the same weights: the first loss must be the same, and the texts begin alike."""
     flags = "--layers 1 --width 64 --vocab 512 --length 64 --rows 2 --rounds 1 --no-compile".split()
@@ -47,3 +65,4 @@ def test_train_and_decode_benches_agree_with_transformers():
         "bench.py", "decode", *"--layers 1 --prompt 4 --new 4 --rounds 1".split(), OMP_NUM_THREADS=1
     )
     assert done.returncode == 0 and "x transformers" in done.stdout, done.stderr
+    assert int(re.search(r"the first (\d+) agree", done.stdout)[1]) >= 1

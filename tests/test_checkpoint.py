@@ -470,9 +470,9 @@ def test_bloom_config_is_read_under_old_and_new_names(names, tmp_path):
     assert config.tie_word_embeddings
 
 
-def test_a_list_of_eos_tokens_gives_its_first(tmp_path):
+def test_a_list_of_eos_tokens_is_kept(tmp_path):
     raw = {"model_type": "llama", **SHAPE, "intermediate_size": 96, "eos_token_id": [7, 8]}
-    assert checkpoint.read_config(write_config(tmp_path, raw)).eos_token_id == 7
+    assert checkpoint.read_config(write_config(tmp_path, raw)).eos_token_id == [7, 8]
 
 
 def test_xverse_folder_reads_as_llama_and_is_written_as_llama(tmp_path):

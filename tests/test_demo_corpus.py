@@ -137,9 +137,9 @@ def test_comparisons_are_computed(built):
     year = {p: int(v[:-1]) for (name, p), v in built.world.facts.items() if name == "year"}
     old, new = min(year, key=year.get), max(year, key=year.get)
     gap = year[new] - year[old]
-    assert d.check(built.world, f"{new}比{old}晚建{gap}年。") == (True, True)
-    assert d.check(built.world, f"{new}比{old}晚建{gap + 1}年。") == (True, False)
-    assert d.check(built.world, f"{old}比{new}晚建{gap}年。") == (True, False)
+    assert d.check(built.world, f"{new}比{old}晚{gap}年建成。") == (True, True)
+    assert d.check(built.world, f"{new}比{old}晚{gap + 1}年建成。") == (True, False)
+    assert d.check(built.world, f"{old}比{new}晚{gap}年建成。") == (True, False)
 
 
 def test_document_carries_the_subject_and_a_new_line_forgets_it(built):
