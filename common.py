@@ -68,7 +68,7 @@ def run(*commands: Callable, doc: str = "") -> None:
 
 # --- 2. documents -------------------------------------------------------------------------------------------
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".txt.gz")
+SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")
 
 
 def document_files(paths: typing.Iterable[str | Path]) -> list[Path]:
@@ -94,15 +94,26 @@ def document_files(paths: typing.Iterable[str | Path]) -> list[Path]:
     return files
 
 
+def _kind(path: Path) -> str:
+    """Give "txt", "jsonl" or "parquet": a.jsonl.gz is jsonl, a.jsonl.txt is txt."""
+    return path.name.removesuffix(".gz").removesuffix(".zst").rpartition(".")[2]
+
+
 def raw_documents(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, undecoded bytes) per document: cheap, so that workers can do the decoding.
 
     A .jsonl line is a document. In a .txt file an empty line ends a document (the convention of BERT's
-    pretraining files). Memory is bounded by the longest document. ValueError for a damaged .gz.
+    pretraining files). In a .parquet file a row's column "text" is a document, its number the row's, from 1.
+    Memory is bounded by the longest document (.parquet: by 64 of them, .zst: plus the file's window).
+    ValueError: a damaged .gz, .zst or .parquet, no column of text, a package that is missing.
     """
+    kind = _kind(path)
+    if kind == "parquet":
+        yield from _parquet_rows(path)
+        return
     start, lines = 1, []
     for n, line in enumerate(_lines(path), 1):
-        if ".jsonl" in path.name:
+        if kind == "jsonl":
             if line.strip():
                 yield n, line
         elif line.strip():
@@ -116,6 +127,9 @@ def raw_documents(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
+    if path.name.endswith(".zst"):
+        yield from _zstd_lines(path)
+        return
     if not path.name.endswith(".gz"):
         with open(path, "rb") as file:
             yield from file
@@ -125,6 +139,67 @@ def _lines(path: Path) -> Iterator[bytes]:
             yield from file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: not a whole gzip file ({error})") from None
+
+
+def _zstd_lines(path: Path) -> Iterator[bytes]:
+    try:
+        import zstandard
+    except ImportError:
+        raise ValueError(f"{path}: zstandard is not installed (pip install zstandard)") from None
+    # zstandard's own file reader takes a cut file for a whole one, so the end of every frame is watched here
+    decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)  # as `zstd --long=31` writes
+    frame = decompressor.decompressobj()
+    begun: list[bytes] = []  # parts of the line that is not complete
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(4096):  # small: 4 KB can hold 100 MB of equal bytes
+                while data:
+                    if frame.eof:
+                        frame = decompressor.decompressobj()
+                    *whole, rest = frame.decompress(data).split(b"\n")
+                    for line in whole:
+                        yield b"".join([*begun, line, b"\n"])
+                        begun = []
+                    begun.append(rest)
+                    data = frame.unused_data
+    except zstandard.ZstdError as error:
+        raise ValueError(f"{path}: not a whole zstd file ({error})") from None
+    if not frame.eof:
+        raise ValueError(f"{path}: not a whole zstd file (it ends within a frame)")
+    if last := b"".join(begun):
+        yield last
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise ValueError(f"{path}: pyarrow is not installed (pip install pyarrow)") from None
+    try:
+        # pages are read one after the other, not a row group at once; no threads, since packing forks
+        with pq.ParquetFile(
+            path, pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True
+        ) as file:
+            schema = file.schema_arrow
+            if schema.names.count("text") != 1:
+                found = ", ".join(map(repr, schema.names)) or "none"
+                raise ValueError(f'{path}: needs one column "text"; its columns are {found}')
+            kind = schema.field("text").type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+            if str(kind) not in ("string", "large_string", "string_view", "binary", "large_binary"):
+                raise ValueError(f'{path}: the column "text" is {kind}, expected string')
+            rows = (
+                raw
+                for batch in file.iter_batches(64, columns=["text"], use_threads=False)
+                for raw in batch.column(0).cast(kind).cast(pa.large_binary()).to_pylist()
+            )
+            for n, raw in enumerate(rows, 1):
+                if raw is None:
+                    raise ValueError(f'{path}:{n}: "text" is null, expected a string')
+                yield n, raw
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: not a whole parquet file ({error})") from None
 
 
 def parse_json_line(raw: bytes, where: str) -> dict:
@@ -145,13 +220,13 @@ def parse_json_line(raw: bytes, where: str) -> dict:
 
 
 def parse_document(raw: bytes, path: Path, line: int) -> str:
-    """Turn the bytes of one document into text: the "text" field of a JSON line, or the lines of a .txt.
+    """Turn the bytes of one document into text: the "text" of a JSON line or a row, or the lines of a .txt.
 
     ValueError names file:line: not UTF-8, not JSON, no "text" key, text that is not a string, a lone
     surrogate.
     """
-    where = f"{path}:{line}"
-    if ".jsonl" in path.name:
+    where, kind = f"{path}:{line}", _kind(path)
+    if kind == "jsonl":
         row = parse_json_line(raw, where)
         if "text" not in row:
             raise ValueError(
@@ -166,13 +241,14 @@ def parse_document(raw: bytes, path: Path, line: int) -> str:
             raise ValueError(f'{where}: "text" holds a lone surrogate, which is no Unicode text') from None
         return text
     try:
-        return raw.decode("utf-8-sig").rstrip("\r\n")
+        text = raw.decode("utf-8-sig")
+        return text if kind == "parquet" else text.rstrip("\r\n")
     except UnicodeDecodeError as error:
-        before = error.object[: error.start].split(b"\n")  # a document of a .txt has many lines
-        where = f"{path}:{line + len(before) - 1}"
-        raise ValueError(
-            f"{where}: not UTF-8 (byte {error.object[error.start]:#04x} at {len(before[-1])})"
-        ) from None
+        byte, at = error.object[error.start], error.start
+        if kind == "txt":  # a document of a .txt has many lines, and the number is that of its first
+            before = error.object[:at].split(b"\n")
+            where, at = f"{path}:{line + len(before) - 1}", len(before[-1])
+        raise ValueError(f"{where}: not UTF-8 (byte {byte:#04x} at {at})") from None
 
 
 def documents(paths: typing.Iterable[str | Path]) -> Iterator[str]:

@@ -274,7 +274,7 @@ sold: good shop
     both {s}和{t}都在{v}出售
     via  卖{s}的店
 days: good days
-    says {s}要{v}才能做好 / 做成{s}需要{v} / {s}的制作时间是{v} / 制作{s}一般要{v} / {s}做起来要{v}
+    says {s}要经过{v}才能做好 / 做成{s}需要{v} / {s}的制作时间是{v} / 制作{s}一般要{v} / {s}做起来要{v}
     asks {s}做好要多少天？ / 制作{s}要多少天？
 at: shop place
     says {s}开在{v} / {s}的店面在{v} / {s}在{v}开了很多年 / 去{v}就能找到{s} / {s}是{v}的一家店铺

@@ -1,23 +1,29 @@
 """Text to token ids and back: train a vocabulary, load one, stream its output, look inside it.
 
-A model reads integers. A tokenizer cuts text into pieces of a fixed vocabulary and numbers them. Here
-SentencePiece learns the pieces: `bpe` joins the most frequent pair of neighbours again and again; `unigram`
-starts with too many pieces and drops those that are missed least (12 times slower); `char` takes characters.
+A model reads integers. A tokenizer cuts text into pieces of a fixed vocabulary and numbers them. Four kinds:
+`bpe` joins the most frequent pair of neighbours again and again; `unigram` starts with too many pieces and
+drops those that are missed least (12 times slower); `char` takes characters: SentencePiece learns these.
+`bytebpe` joins bytes instead of characters, inside words only, as GPT, BLOOM, Qwen and DeepSeek do; this file
+learns it, needs `regex` for it, and encodes through `tiktoken` where that is installed.
 
 Ours are lossless: no normalisation, no space added in front, none removed, and a character outside the
 vocabulary is spelt in UTF-8 bytes (<0xE4>), so decode(encode(text)) == text. (--nfkc gives that up: ① becomes
-1.) Every digit is a token of its own; so are newline and tab. A space inside a piece is written ▁.
+1.) Every digit is a token of its own; so are newline and tab (in bytebpe several may be one token). A space
+inside a piece is written ▁.
 Special tokens (<s>, </s>, <|user|>) never come from text: whoever types </s> gets the letters of it.
 encode(a) + encode(b) is in general not encode(a + b): a piece may span the seam, and a foreign model that
 puts a space in front of every text (dummy prefix) puts one at the seam as well.
 
     python tokenizer.py train corpus.jsonl --vocab_size 8192 --out out/tok
     python tokenizer.py train zh/ en.txt.gz --kind unigram --specials "<|user|>,<|assistant|>" --out out/tok
+    python tokenizer.py train zh/ --kind bytebpe --vocab_size 32000 --out out/tok
     python tokenizer.py stats out/tok corpus.jsonl
     python tokenizer.py dump out/tok --out out/vocabulary.tsv
 
 The folder loads in transformers as well (LlamaTokenizer, AutoTokenizer) and in tokenizers (tokenizer.json).
-Memory: SentencePiece's BPE takes 6 GB and 76 CPU seconds for 100 M characters; --max_chars draws a sample.
+Of others we read tokenizer.model (SentencePiece) or else tokenizer.json (byte-level or Metaspace BPE).
+For 100 M characters SentencePiece's BPE takes 6 GB and 76 CPU seconds, bytebpe (32,000 tokens) 3.4 and 270;
+--max_chars draws a sample.
 
 Papers: BPE, Sennrich et al. 2016 (1508.07909). Unigram, Kudo 2018 (1804.10959).
 SentencePiece, Kudo & Richardson 2018 (1808.06226).
@@ -27,23 +33,33 @@ from __future__ import annotations
 
 import base64
 import codecs
+import functools
 import hashlib
+import heapq
 import io
+import itertools
 import json
+import operator
 import random
 import re
 import struct
+import sys
 import time
+import unicodedata
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from tyro.conf import Positional
 
-from common import atomic_folder, atomic_text, documents, human, run
+from common import atomic_folder, atomic_text, documents, human, progress, run
 
+# Ids 0, 1, 2, 3 of ours. A byte-level vocabulary has no <unk>: there is nothing it cannot write.
+BASE_SPECIALS = {"unk": "<unk>", "bos": "<s>", "eos": "</s>", "pad": "<pad>"}
 SPACE = "▁"  # U+2581: how SentencePiece writes a space inside a piece
 CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 FILES = ("tokenizer.model", "tokenizer.json", *CONFIGS)  # what belongs to a tokenizer in a model folder
@@ -156,7 +172,143 @@ class ModelFile:
         self.data = b"".join(fields) or self.data
 
 
-# --- 2. the tokenizer ---------------------------------------------------------------------------------------
+# --- 2. inside a tokenizer.json -----------------------------------------------------------------------------
+# The format of the `tokenizers` library: text -> normalizer -> pre_tokenizer, which cuts it -> BPE inside
+# each piece. We read the components that byte-level BPE (GPT-2, BLOOM, Qwen, SmolLM, DeepSeek) and
+# Metaspace BPE (XVERSE, LLaMA) use, apply them one after the other, and refuse any other by name.
+
+# Byte-level vocabularies write each byte as one printable character: a space as Ġ, a newline as Ċ.
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_ORDER = PRINTABLE + sorted(set(range(256)) - set(PRINTABLE))  # also the order of their ids
+LETTER = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(BYTE_ORDER[188:])}
+BYTE_OF = {letter: b for b, letter in LETTER.items()}
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PUNCTUATION = r"[!-/:-@\[-`{-~]|\p{P}"  # ASCII's symbols are punctuation here
+
+
+def compiled(pattern: str | dict, where: str):
+    r"""Compile a pattern as tokenizer.json writes one; `regex` knows \p{L} and nested sets, `re` does not."""
+    try:
+        import regex
+    except ImportError:
+        raise ValueError("byte-level BPE needs the regex package: pip install regex") from None
+    if isinstance(pattern, dict):
+        pattern = regex.escape(pattern["String"]) if "String" in pattern else pattern["Regex"]
+    try:
+        return regex.compile(pattern, regex.V1)
+    except regex.error as error:
+        raise ValueError(f"{where}: the pattern {pattern!r} cannot be read ({error})") from None
+
+
+def leaves(spec: dict | None) -> list[dict]:
+    """List the components of a normalizer, pre_tokenizer or decoder in order, Sequences opened."""
+    if not spec or spec["type"] != "Sequence":
+        return [spec] if spec else []
+    kinds = ("normalizers", "pretokenizers", "decoders", "processors")
+    parts = next((spec[kind] for kind in kinds if kind in spec), [])
+    return [leaf for part in parts for leaf in leaves(part)]
+
+
+def normalizing(spec: dict, where: str) -> Callable[[str], str]:
+    """Make a function of one normalizer; ValueError names one that we do not know."""
+    kind = spec["type"]
+    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
+        return functools.partial(unicodedata.normalize, kind)
+    if kind == "Prepend":
+        return lambda text: text and spec["prepend"] + text
+    if kind == "Replace":
+        pattern = compiled(spec["pattern"], where)
+        return lambda text: pattern.sub(lambda _: spec["content"], text)
+    raise ValueError(f"{where}: normalizer {kind!r} is not supported")
+
+
+def cut(pattern, text: str, gaps: bool = True) -> list[str]:
+    """Cut text at the matches of a pattern: each is a piece, and what lies between two, unless gaps=False."""
+    pieces, at = [], 0
+    for match in pattern.finditer(text):
+        start, end = match.span()
+        if start > at and gaps:
+            pieces.append(text[at:start])
+        if end > start:
+            pieces.append(text[start:end])
+        at = end
+    return pieces + [text[at:]] * (gaps and at < len(text))
+
+
+def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
+    """Make a function of one pre_tokenizer: (piece, does the text begin with it) -> pieces."""
+    kind, behavior, gaps = spec["type"], spec.get("behavior", "Isolated"), True
+    mark, scheme = "", "never"  # what stands for a space, and whether one is put in front
+    if kind == "ByteLevel":
+        mark, scheme = " ", "always" if spec.get("add_prefix_space", True) else "never"
+        pattern = compiled(GPT2_SPLIT, where) if spec.get("use_regex", True) else None
+    elif kind == "Metaspace":
+        mark, scheme = spec["replacement"], prepend_scheme(spec)
+        pattern = compiled(f"{mark}?[^{mark}]*", where) if spec.get("split", True) else None
+    elif kind == "Split":
+        pattern, gaps = compiled(spec["pattern"], where), behavior == "Isolated"
+        if not gaps and not (behavior == "Removed" and spec.get("invert")):
+            raise ValueError(f"{where}: behavior {behavior!r} of Split is not supported")
+    elif kind == "Digits":
+        pattern = compiled(r"\p{N}" if spec.get("individual_digits") else r"\p{N}+", where)
+    elif kind == "Punctuation" and behavior == "Isolated":
+        pattern = compiled(PUNCTUATION, where)
+    else:
+        raise ValueError(f"{where}: pre_tokenizer {kind!r} is not supported")
+
+    def split(text: str, first: bool) -> list[str]:
+        text = text.replace(" ", mark) if mark else text
+        if (scheme == "always" or (scheme == "first" and first)) and not text.startswith(mark):
+            text = mark + text
+        return cut(pattern, text, gaps) if pattern else [text]
+
+    return split
+
+
+def prepend_scheme(spec: dict) -> str:
+    """Say when a Metaspace puts a space in front: always, never, first; older files have a bool."""
+    return spec.get("prepend_scheme") or ("always" if spec.get("add_prefix_space", True) else "never")
+
+
+@dataclass
+class JsonFile(ModelFile):
+    """What a tokenizer.json says: pieces, as ModelFile has them, and the components."""
+
+    where: str = ""
+    spec: dict = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> JsonFile:
+        """Read the bytes of a tokenizer.json; ValueError names `where` and what cannot be read."""
+        try:
+            file = cls(data, [], [], [], where=where, spec=json.loads(data))
+            model = file.spec["model"]
+            kind = model.get("type") or ("BPE" if "merges" in model else None)
+            bad = [k for k in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(k)]
+            if kind != "BPE" or bad:
+                what = f"{bad[0]} of the model" if bad else f"model {kind!r}"
+                raise ValueError(f"{where}: {what} is not supported; only BPE without options is")
+            model["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            file.add_tokens({i: text for text, i in model["vocab"].items()})
+            for text, i in model["vocab"].items():
+                byte = model.get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", text)
+                file.types[i] = UNKNOWN if text == model.get("unk_token") else BYTE if byte else NORMAL
+                file.scores[i] = float(-i)
+            for token in file.spec.get("added_tokens", []):
+                file.add_tokens({token["id"]: token["content"]})
+                if file.types[token["id"]] != UNKNOWN:
+                    file.types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: not a tokenizer.json, or a damaged one ({error!r})") from None
+        return file
+
+    def make_special(self, ids: Iterable[int]) -> None:
+        """Make these pieces control symbols, which no text produces."""
+        for i in ids:
+            self.types[i] = self.types[i] if self.types[i] == UNKNOWN else CONTROL
+
+
+# --- 3. the tokenizer ---------------------------------------------------------------------------------------
 
 
 class SentencePieceBackend:
@@ -164,6 +316,7 @@ class SentencePieceBackend:
 
     texts, types, scores: lists over ids. token_bytes[id]: UTF-8, one byte for a byte piece, b"" for a special
     token, None for a hole. leading_space: ids whose first space is dropped at the start of a decoded text.
+    own, add_bos: ids of bos, eos, pad, unk, and whether bos begins a document, where no config says it.
     """
 
     def __init__(self, file: ModelFile):
@@ -188,6 +341,8 @@ class SentencePieceBackend:
         spaced = {i for i, text in enumerate(file.texts) if text.startswith(SPACE)}
         self.leading_space = spaced if prefixed else set()
         self.strips_all = file.remove_extra_whitespaces  # not one leading space but all of them
+        own = {k: getattr(self.processor, f"{k}_id")() for k in BASE_SPECIALS}
+        self.own, self.add_bos = {k: i for k, i in own.items() if i >= 0}, True
         # SentencePiece reads a real ▁ as a space. Where nothing else is lost either, spell it in bytes.
         self.space_in_bytes = None
         if file.byte_fallback and not file.charsmap and not prefixed:
@@ -206,6 +361,197 @@ class SentencePieceBackend:
         return first + [i for part in others for i in self.space_in_bytes + part]
 
 
+@functools.cache
+def announce(message: str) -> None:
+    """Say something on stderr, once."""
+    print(message, file=sys.stderr)
+
+
+class BpeBackend:
+    """Plain text to ids by the components of a tokenizer.json; attributes as SentencePieceBackend's.
+
+    `merge` defines the ids. For byte-level BPE tiktoken does the same in Rust where its rule (join the
+    neighbours whose union is a token, the smallest id first) gives the same; that is checked here.
+    """
+
+    def __init__(self, file: JsonFile):
+        spec, model, where = file.spec, file.spec["model"], file.where
+        splitters = leaves(spec.get("pre_tokenizer"))
+        self.normalizers = [normalizing(leaf, where) for leaf in leaves(spec.get("normalizer"))]
+        idle = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}  # it cuts nothing
+        self.splitters = [splitting(leaf, where) for leaf in splitters if not idle.items() <= leaf.items()]
+        self.byte_level = "ByteLevel" in [leaf["type"] for leaf in splitters]
+        if "ByteLevel" in [leaf["type"] for leaf in splitters[:-1]]:
+            raise ValueError(f"{where}: a pre_tokenizer after ByteLevel is not supported")
+        self.types, self.scores = file.types, file.scores
+        self.unk = next((i for i, kind in enumerate(file.types) if kind == UNKNOWN), None)
+        starts = [post.get("single", [])[:1] for post in leaves(spec.get("post_processor"))]
+        self.own, self.add_bos = {"unk": self.unk}, any("SpecialToken" in part for s in starts for part in s)
+
+        # No merge may end in a special token: then user text would produce it.
+        self.id_of = {text: i for i, text in enumerate(file.texts) if file.types[i] in (NORMAL, BYTE)}
+        self.ranks, known = {}, set(file.texts)  # (left id, right id) -> (rank, id of the union)
+        for rank, (left, right) in enumerate(model["merges"]):
+            if {left, right, left + right} <= self.id_of.keys():
+                self.ranks[self.id_of[left], self.id_of[right]] = rank, self.id_of[left + right]
+            elif not {left, right, left + right} <= known:
+                raise ValueError(f"{where}: merge {left!r} {right!r} is not of the vocabulary")
+        self.fuse_unk, self.byte_fallback = model.get("fuse_unk"), model.get("byte_fallback")
+        self.whole_pieces = model.get("ignore_merges")  # a piece that is a token is not looked into
+        self.find_added(spec.get("added_tokens", []), where)
+        self.read_decoder(file)
+        self.cached = functools.lru_cache(maxsize=1 << 16)(self.encode_piece)
+        self.tiktoken = self.byte_level and self.load_tiktoken()
+
+    def find_added(self, added: list[dict], where: str) -> None:
+        """Prepare the search for added tokens in text: those that are neither special nor look like a mark.
+
+        Some files flag marks of the chat format, such as <think> or <|User|>, as not special. Text from a
+        user must not produce them either, so what stands in <> or [] is never looked for.
+        """
+        self.added_id, texts = {}, {False: [], True: []}  # is it looked for after normalising?
+        for token in added:
+            text, i, late = token["content"], token["id"], bool(token.get("normalized"))
+            if self.types[i] != USER_DEFINED or re.fullmatch(r"<.*>|\[.*\]", text, re.DOTALL):
+                continue
+            if token.get("single_word") or token.get("lstrip") or token.get("rstrip"):
+                raise ValueError(f"{where}: added token {text!r}: single_word, lstrip, rstrip not supported")
+            texts[late].append(self.normalize(text) if late else text)
+            self.added_id[texts[late][-1]] = i
+        longest = {
+            late: sorted(map(re.escape, found), key=len, reverse=True) for late, found in texts.items()
+        }
+        self.added = {
+            late: re.compile(f"({'|'.join(found)})" if found else "(?!)") for late, found in longest.items()
+        }
+
+    def read_decoder(self, file: JsonFile) -> None:
+        """Work out what each id stands for: texts, token_bytes, leading_space."""
+        decoders = {leaf["type"]: leaf for leaf in leaves(file.spec.get("decoder"))}
+        unknown = decoders.keys() - {"ByteLevel", "Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
+        if unknown:
+            raise ValueError(f"{file.where}: decoder {min(unknown)!r} is not supported")
+        spaced = not decoders.keys().isdisjoint({"Metaspace", "Replace"})
+
+        def bytes_of(text: str, kind: int) -> bytes | None:
+            if kind in (HOLE, CONTROL, UNKNOWN):
+                return None if kind == HOLE else b""
+            if kind == BYTE:
+                return bytes([int(text[3:5], 16)])
+            if kind == NORMAL and self.byte_level and BYTE_OF.keys() >= set(text):
+                return bytes([BYTE_OF[c] for c in text])
+            return (text.replace(SPACE, " ") if spaced and kind == NORMAL else text).encode()
+
+        self.texts, self.token_bytes = file.texts, list(map(bytes_of, file.texts, file.types))
+        for i, data in enumerate(self.token_bytes):
+            if self.byte_level and self.types[i] == NORMAL:
+                try:
+                    self.texts[i] = data.decode().replace(" ", SPACE)
+                except UnicodeDecodeError:  # a part of a character
+                    self.texts[i], self.types[i] = "".join(f"<0x{b:02X}>" for b in data), BYTE
+        prefixed = "Metaspace" in decoders and prepend_scheme(decoders["Metaspace"]) != "never"
+        prefixed = prefixed or decoders.get("Strip", {}).get("start")
+        starts = {i for i, data in enumerate(self.token_bytes) if data and data.startswith(b" ")}
+        self.leading_space, self.strips_all = starts if prefixed else set(), False
+
+    def load_tiktoken(self):
+        """Give a tiktoken encoding of the same vocabulary; None where its rule or the package is missing."""
+        try:
+            import tiktoken
+        except ImportError:
+            announce("encoding in pure Python, many times slower than with tiktoken (pip install tiktoken)")
+            return None
+        made = [i for _, i in self.ranks.values()]
+        ids = [*(self.id_of.get(letter) for letter in LETTER.values()), *made]
+        same = None not in ids and made == sorted(set(made))
+        same = same and (not self.whole_pieces or set(ids) >= set(self.id_of.values()))
+        # tiktoken takes a piece that is a token whole: merging must come to the same
+        if not same or any(self.merge(self.symbols(self.token_bytes[i])) != [i] for i in made):
+            announce("the merges of this tokenizer are not in the order of its ids: encoding in pure Python")
+            return None
+        ranks = {self.token_bytes[i]: i for i in ids}
+        return tiktoken.Encoding("baizhi", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+
+    def normalize(self, text: str) -> str:
+        """Apply the normalizers, one after the other."""
+        for normalizer in self.normalizers:
+            text = normalizer(text)
+        return text
+
+    def encode(self, text: str) -> list[int]:
+        """Encode plain text; ValueError for a lone surrogate."""
+        text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
+        ids = []
+        for n, part in enumerate(self.added[False].split(text)):  # text, added token, text, ...
+            if n % 2:
+                ids.append(self.added_id[part])
+                continue
+            for m, section in enumerate(self.added[True].split(self.normalize(part))):
+                if m % 2:
+                    ids.append(self.added_id[section])
+                    continue
+                for piece in self.pieces(section, n == m == 0):
+                    ids += self.cached(piece) if len(piece) < 64 else self.encode_piece(piece)
+        return ids
+
+    def pieces(self, text: str, first: bool = True) -> list[str]:
+        """Apply the splitters, one after the other, each to every piece of the one before."""
+        pieces = [text] if text else []
+        for split in self.splitters:
+            pieces = [q for n, piece in enumerate(pieces) for q in split(piece, first and n == 0)]
+        return pieces
+
+    def encode_piece(self, piece: str) -> list[int]:
+        """Encode what the splitters left in one piece."""
+        if self.tiktoken and len(piece) < 1000:  # its time grows with the square of this
+            return self.tiktoken.encode_ordinary(piece)
+        data = piece.encode() if self.byte_level else piece
+        name = "".join(LETTER[b] for b in data) if self.byte_level else piece
+        if self.whole_pieces and name in self.id_of:
+            return [self.id_of[name]]
+        return self.merge(self.symbols(data))
+
+    def symbols(self, piece: bytes | str) -> list[int]:
+        """Give the ids that merging starts from: of bytes, or of characters, some spelt in bytes, or unk."""
+        ids = []
+        for c in piece:
+            i = self.id_of.get(LETTER[c] if self.byte_level else c, self.unk)
+            spelt = [i]
+            if i == self.unk and self.byte_fallback:
+                spelt = [self.id_of.get(f"<0x{b:02X}>", i) for b in c.encode()]
+                spelt = [i] if i in spelt else spelt
+            if None in spelt:
+                raise ValueError(f"the vocabulary has no token for {c!r} and none for the unknown")
+            if spelt != [self.unk] or not (self.fuse_unk and ids[-1:] == spelt):
+                ids += spelt
+        return ids
+
+    def merge(self, ids: list[int]) -> list[int]:
+        """Join neighbours, the pair of lowest rank first and of equal ones the leftmost, until none joins.
+
+        >>> with ranks a+b -> 0, ab+c -> 1:  a b c a b  ->  ab c ab  ->  abc ab
+        """
+        end = len(ids)
+        before, after = list(range(-1, end - 1)), list(range(1, end + 1))  # a linked list over places
+        pairs = enumerate(itertools.pairwise(ids))
+        heap = [(*self.ranks[pair], place, pair) for place, pair in pairs if pair in self.ranks]
+        heapq.heapify(heap)
+        ids = ids.copy()
+        while heap:
+            _, new, place, (left, right) = heapq.heappop(heap)
+            gone = after[place]
+            if ids[place] != left or gone == end or ids[gone] != right:
+                continue  # one of the two has been joined with another since
+            ids[place], ids[gone], after[place] = new, -1, after[gone]
+            if after[place] < end:
+                before[after[place]] = place
+            for at in (before[place], place):
+                pair = (ids[at], ids[after[at]]) if at >= 0 and after[at] < end else None
+                if pair in self.ranks:
+                    heapq.heappush(heap, (*self.ranks[pair], at, pair))
+        return [i for i in ids if i >= 0]
+
+
 class Tokenizer:
     """The public face of a tokenizer: ids from text, text from ids, special tokens, saving.
 
@@ -216,6 +562,7 @@ class Tokenizer:
 
     def __init__(self, backend, special: dict[str, int | None], add_bos: bool, files: dict[str, bytes]):
         self.backend, self.files = backend, files  # files: name -> content, what save writes
+        self.source = next(name for name in ("tokenizer.model", "tokenizer.json") if name in files)
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             special[k] for k in ("bos", "eos", "pad", "unk")
         )
@@ -224,12 +571,12 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, kind in enumerate(backend.types) if kind in (CONTROL, UNKNOWN))
         names = sorted((i, backend.texts[i]) for i in self.special_ids)
         identity = json.dumps([self.vocab_size, names, sorted(special.items()), self.add_bos])
-        self.digest = hashlib.sha256(files["tokenizer.model"] + identity.encode()).hexdigest()
+        self.digest = hashlib.sha256(files[self.source] + identity.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Encode text as it is: adds no special token and makes none, whatever the text says.
 
-        Nor are a foreign folder's added tokens looked for that its .model does not know.
+        Nor are added tokens looked for that a .model does not know, or that look like <a mark>.
         ValueError for a lone surrogate (half of a UTF-16 pair), which is no Unicode text.
         """
         return self.backend.encode(text)
@@ -274,7 +621,7 @@ class Tokenizer:
             (Path(folder) / name).write_bytes(data)
 
 
-# --- 3. streaming -------------------------------------------------------------------------------------------
+# --- 4. streaming -------------------------------------------------------------------------------------------
 
 # SentencePiece shows each byte that belongs to no character as one U+FFFD; Python's "replace" joins some.
 codecs.register_error("each_byte", lambda error: ("\ufffd", error.start + 1))
@@ -311,21 +658,24 @@ class StreamDecoder:
         return self.utf8.decode(b"", final=True)
 
 
-# --- 4. loading ---------------------------------------------------------------------------------------------
+# --- 5. loading ---------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a folder (ours, or any with SentencePiece's tokenizer.model) or a bare .model.
+    """Load a tokenizer from a folder (ours, or any with tokenizer.model or tokenizer.json) or one such file.
 
-    ValueError when there is none, when it is damaged, or when it names a special token that has no id.
+    Where a folder has both, SentencePiece's tokenizer.model speaks. ValueError when there is none, when it is
+    damaged or unsupported, or when it names a special token that has no id.
     """
     path = Path(path)
     if path.is_file():
-        files = {"tokenizer.model": path.read_bytes()}
+        files = {f"tokenizer.{'json' if path.suffix == '.json' else 'model'}": path.read_bytes()}
     else:
         files = {name: (path / name).read_bytes() for name in FILES if (path / name).is_file()}
-    if "tokenizer.model" not in files:
-        raise ValueError(f"{path}: no tokenizer here; looked for {path / 'tokenizer.model'}")
+    if not files.keys() & set(FILES[:2]):
+        raise ValueError(
+            f"{path}: no tokenizer here; looked for {path / 'tokenizer.model'} and tokenizer.json"
+        )
     return from_files(files, str(path))
 
 
@@ -341,7 +691,10 @@ def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
     def literal(token) -> str | None:  # as the files write one: "<s>", {"content": "<s>", ...}, or null
         return token["content"] if isinstance(token, dict) else token
 
-    file = ModelFile.parse(files["tokenizer.model"], where)
+    if "tokenizer.model" in files:
+        file, backend_of = ModelFile.parse(files["tokenizer.model"], where), SentencePieceBackend
+    else:
+        file, backend_of = JsonFile.parse(files["tokenizer.json"], where), BpeBackend
     config = read("tokenizer_config.json")
     added = {i: text for text, i in read("added_tokens.json").items()}
     listed = {int(i): token for i, token in config.get("added_tokens_decoder", {}).items()}
@@ -349,7 +702,7 @@ def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
     specials = {i for i, token in listed.items() if isinstance(token, dict) and token.get("special")}
 
     stated = read("special_tokens_map.json") | config  # where both speak, the config is the newer file
-    named = {k: literal(stated[f"{k}_token"]) for k in ("bos", "eos", "pad", "unk") if f"{k}_token" in stated}
+    named = {k: literal(stated[f"{k}_token"]) for k in BASE_SPECIALS if f"{k}_token" in stated}
     more = stated.get("additional_special_tokens") or stated.get("extra_special_tokens") or []
     more = [literal(token) for token in (more.values() if isinstance(more, dict) else more)]
     id_of = {text: i for i, text in enumerate(file.texts)}
@@ -359,20 +712,18 @@ def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
         specials.add(id_of[text])
     file.make_special(specials)
 
-    backend = SentencePieceBackend(file)
-    special = {}
-    for k in ("bos", "eos", "pad", "unk"):
-        own = getattr(backend.processor, f"{k}_id")()  # the model's own, where the files are silent; -1: none
-        special[k] = id_of.get(named[k]) if k in named else (own if own >= 0 else None)
+    backend = backend_of(file)
+    special = {k: id_of.get(named[k]) if k in named else backend.own.get(k) for k in BASE_SPECIALS}
     add_bos = config.get("add_bos_token")
-    return Tokenizer(backend, special, add_bos=True if add_bos is None else add_bos, files=files)
+    add_bos = backend.add_bos if add_bos is None else add_bos
+    return Tokenizer(backend, special, add_bos=add_bos, files=files)
 
 
-# --- 5. the folder that transformers reads ------------------------------------------------------------------
+# --- 6. the folder that transformers reads ------------------------------------------------------------------
 
 
 def folder_files(model: bytes, add_bos: bool) -> dict[str, bytes]:
-    """Describe a trained model for transformers and tokenizers: file name -> content.
+    """Describe a trained .model for transformers and tokenizers: file name -> content.
 
     transformers' LlamaTokenizer knows one behaviour: BPE with byte fallback, no normalisation. That is ours
     for bpe and char; for unigram, --nfkc or --no_byte_fallback the config names the class that obeys
@@ -381,44 +732,55 @@ def folder_files(model: bytes, add_bos: bool) -> dict[str, bytes]:
     tokenizers in fp64. Line by line they agree.
     """
     file = ModelFile.parse(model, "the trained model")
-    unk, bos, eos, pad = file.texts[:4]
     specials = {i: text for i, text in enumerate(file.texts) if file.types[i] in (CONTROL, UNKNOWN)}
     as_llama = file.kind != "unigram" and not file.charsmap and file.byte_fallback
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    named = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": pad}
-    named["additional_special_tokens"] = [text for i, text in specials.items() if i >= 4]
-    off = ("add_eos_token", "add_prefix_space", "legacy", "clean_up_tokenization_spaces")
-    config = named | dict.fromkeys((*off, "spaces_between_special_tokens"), False)
-    config |= {
-        "tokenizer_class": "LlamaTokenizer" if as_llama else "PreTrainedTokenizerFast",
-        "add_bos_token": add_bos,
-        "added_tokens_decoder": {str(i): {"content": text, **flags} for i, text in specials.items()},
-    }
-    start = [{"SpecialToken": {"id": bos, "type_id": 0}}] if add_bos else []
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     to_mark = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     to_space = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(file.charsmap).decode()}
     in_bytes = [{"type": "ByteFallback"}] if file.byte_fallback else []
     fast = {
-        "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, **flags} for i, text in specials.items()],
         "normalizer": {
             "type": "Sequence",
             "normalizers": [charsmap, to_mark] if file.charsmap else [to_mark],
         },
+        "decoder": {"type": "Sequence", "decoders": [to_space, *in_bytes, {"type": "Fuse"}]},
+        "model": fast_model(file),
+    }
+    described = describe(specials, "LlamaTokenizer" if as_llama else "PreTrainedTokenizerFast", add_bos, fast)
+    return {"tokenizer.model": model} | described
+
+
+def describe(specials: dict[int, str], python_class: str, add_bos: bool, fast: dict) -> dict[str, bytes]:
+    """Write tokenizer.json from its components `fast`, and the two files beside it: name -> content."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    bos = BASE_SPECIALS["bos"]
+    named = {f"{k}_token": text for k, text in BASE_SPECIALS.items() if text in specials.values()}
+    more = [text for text in specials.values() if text not in named.values()]
+    named["additional_special_tokens"] = more
+    off = ("add_eos_token", "add_prefix_space", "legacy", "clean_up_tokenization_spaces")
+    config = named | dict.fromkeys((*off, "spaces_between_special_tokens"), False)
+    config |= {
+        "tokenizer_class": python_class,
+        "add_bos_token": add_bos,
+        "added_tokens_decoder": {str(i): {"content": text, **flags} for i, text in specials.items()},
+    }
+    start = [{"SpecialToken": {"id": bos, "type_id": 0}}] if add_bos else []
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    ids = [i for i, text in specials.items() if text == bos]
+    fast = {
+        "version": "1.0",
+        "added_tokens": [{"id": i, "content": text, **flags} for i, text in specials.items()],
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [*start, first],
             "pair": [*start, first, *start, second],
-            "special_tokens": {bos: {"id": bos, "ids": [1], "tokens": [bos]}} if add_bos else {},
+            "special_tokens": {bos: {"id": bos, "ids": ids, "tokens": [bos]}} if add_bos else {},
         },
-        "decoder": {"type": "Sequence", "decoders": [to_space, *in_bytes, {"type": "Fuse"}]},
-        "model": fast_model(file),
+        **fast,
     }
     content = {"tokenizer_config.json": config, "special_tokens_map.json": named, "tokenizer.json": fast}
     texts = {name: json.dumps(value, ensure_ascii=False, indent=1) for name, value in content.items()}
-    return {"tokenizer.model": model} | {name: text.encode() for name, text in texts.items()}
+    return {name: text.encode() for name, text in texts.items()}
 
 
 def fast_model(file: ModelFile) -> dict:
@@ -441,9 +803,8 @@ def fast_model(file: ModelFile) -> dict:
     }
 
 
-# --- 6. training --------------------------------------------------------------------------------------------
+# --- 7. training with SentencePiece -------------------------------------------------------------------------
 
-BASE_SPECIALS = ("<unk>", "<s>", "</s>", "<pad>")  # ids 0, 1, 2, 3
 OWN_TOKENS = ("\n", "\t")  # text, but always tokens of their own
 LINE = 1000  # characters: SentencePiece skips an input over 4,192 bytes without a word
 THREADS = 4  # part of the model's bytes, so not the number of cores
@@ -471,7 +832,7 @@ def check_specials(specials: list[str]) -> None:
     for n, text in enumerate(specials):
         if text in specials[:n]:
             raise ValueError(f"--specials: {text!r} is given twice")
-        if text in BASE_SPECIALS or re.fullmatch("<0x[0-9A-F]{2}>", text):
+        if text in BASE_SPECIALS.values() or re.fullmatch("<0x[0-9A-F]{2}>", text):
             raise ValueError(f"--specials: {text!r} is in every vocabulary already")
         if len(text) < 2 or re.search(rf"[\s{SPACE}]", text):
             raise ValueError(f"--specials: {text!r} must have two characters or more, and no space")
@@ -500,8 +861,8 @@ def train_model(lines: Iterable[str], vocab_size: int, specials: Iterable[str] =
         "num_threads": THREADS,
         "minloglevel": 2,
     }
-    for i, name in enumerate(("unk", "bos", "eos", "pad")):
-        defaults |= {f"{name}_id": i, f"{name}_piece": BASE_SPECIALS[i]}
+    for i, (name, piece) in enumerate(BASE_SPECIALS.items()):
+        defaults |= {f"{name}_id": i, f"{name}_piece": piece}
     model = io.BytesIO()
     train = sentencepiece.SentencePieceTrainer.train
     try:
@@ -521,19 +882,277 @@ def train_model(lines: Iterable[str], vocab_size: int, specials: Iterable[str] =
     return model.getvalue()
 
 
+# --- 8. training byte-level BPE -----------------------------------------------------------------------------
+# Text is cut into pre-tokens (a word with its space, a run of Han, a digit), and only inside one are pairs
+# joined. So it is enough to know each distinct pre-token and its count: 100 M characters of Chinese have some
+# 8 M of them, 100 MB. They lie end to end in one array, a gap between each two.
+
+BLOCK = 10_000  # characters: what is cut into pre-tokens, and drawn or not drawn, at a time
+SPILL = 1_000_000  # distinct pre-tokens in the dictionary before it is emptied
+
+
+def split_pattern(split_digits: bool = True, max_han: int = 0) -> str:
+    """Write the regular expression that cuts text into pre-tokens: GPT-4's and Qwen's, with two options."""
+    mark, digits = r"[^\r\n\p{L}\p{N}]?", r"\p{N}" if split_digits else r"\p{N}{1,3}"
+    letters = rf"{mark}\p{{L}}+"
+    if max_han:
+        letters = rf"{mark}\p{{Han}}{{1,{max_han}}}|{mark}(?:(?!\p{{Han}})\p{{L}})+"
+    rest = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return rf"'(?:[sdmtSDMT]|ll|LL|ve|VE|re|RE)|{letters}|{digits}|{rest}"
+
+
+def text_blocks(text: str) -> Iterator[str]:
+    """Cut a document into blocks of BLOCK characters at most, after a newline where there is one."""
+    start = 0
+    while start < len(text):
+        end = start + BLOCK
+        newline = text.rfind("\n", start, end) + 1 if end < len(text) else 0
+        yield text[start : newline or end]
+        start = newline or end
+
+
+@dataclass
+class Words:
+    """Distinct pre-tokens: their UTF-8 end to end, the bytes of each, and how often each occurs."""
+
+    text: bytearray = field(default_factory=bytearray)
+    sizes: array = field(default_factory=lambda: array("i"))
+    counts: array = field(default_factory=lambda: array("q"))
+
+    def add(self, word: bytes, count: int) -> None:
+        """Put a pre-token at the end."""
+        self.text += word
+        self.sizes.append(len(word))
+        self.counts.append(count)
+
+    def __iter__(self) -> Iterator[tuple[bytes, int]]:
+        start = 0
+        for size, count in zip(self.sizes, self.counts):
+            yield bytes(self.text[start : start + size]), count
+            start += size
+
+
+def count_words(blocks: Iterable[str], pattern: str) -> Words:
+    """Count the pre-tokens of a text, in the order of their bytes.
+
+    A dictionary of all would take 200 bytes for each. So it is emptied whenever it holds SPILL, into a
+    sorted run without Python objects, and the runs are merged at the end.
+    """
+    find, counter, runs = compiled(pattern, "the split pattern").findall, Counter(), []
+
+    def spill() -> None:
+        runs.append(Words())
+        for word in sorted(counter):  # UTF-8 sorts as the characters do
+            runs[-1].add(word.encode(), counter[word])
+        counter.clear()
+
+    for block in blocks:
+        counter.update(find(block))
+        if len(counter) >= SPILL:
+            spill()
+    spill()
+    if len(runs) == 1:
+        return runs[0]
+    words = Words()
+    for word, same in itertools.groupby(heapq.merge(*runs), key=operator.itemgetter(0)):
+        words.add(word, sum(count for _, count in same))
+    return words
+
+
+@dataclass
+class Pairs:
+    """The pairs of neighbours that came up together, and where.
+
+    Pair k is keys[k] = left << 32 | right, ascending. It stood at the places at[starts[k]:ends[k]]; some are
+    joined with another neighbour since, so bounds[k], its count at first, is at most too high. It never
+    rises: only the newest token makes new pairs.
+    """
+
+    keys: np.ndarray
+    bounds: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    at: np.ndarray
+
+    @classmethod
+    def gather(cls, home: int, lefts: tuple, rights: tuple, weight: np.ndarray, least: int) -> Pairs:
+        """Group the places of (left, home) and (home, right) by pair; drop pairs rarer than `least`."""
+        (left, left_at), (right, right_at) = lefts, rights
+        side = 1 << 30  # so that one sort, by neighbour and place, serves both
+        codes = [left.astype(np.int64) << 32 | left_at, (right.astype(np.int64) | side) << 32 | right_at]
+        code = np.sort(np.concatenate(codes))
+        other, at = code >> 32, (code & 0xFFFFFFFF).astype(np.int32)
+        starts = np.flatnonzero(np.diff(other, prepend=-1))
+        counts = np.add.reduceat(weight[at], starts, dtype=np.int64) if len(at) else starts
+        keep, sizes = counts >= least, np.diff(starts, append=len(at))
+        other, ends = other[starts[keep]], np.cumsum(sizes[keep])
+        keys = np.where(other < side, other << 32 | home, home << 32 | other & (side - 1))
+        return cls(keys, counts[keep], ends - sizes[keep], ends, at[np.repeat(keep, sizes)])
+
+
+def learn_merges(
+    words: Words, vocabulary: list[bytes], size: int, min_frequency: int
+) -> list[tuple[int, int]]:
+    """Join the most frequent pair of neighbours again and again; return the pairs, as ids.
+
+    `vocabulary` (special tokens, then 256 bytes) grows to `size`, or less where no pair is left that occurs
+    min_frequency times. Of equally frequent pairs the smallest (left id, right id) wins, as in `tokenizers`.
+
+    ids[p] is the token whose first or last byte is place p; -1 in gaps and inside tokens. So the token after
+    the one at p starts at p + its length, and the one before it ends at p - 1. What a join changes is told
+    to nobody: a pair's places are checked when its turn has come, and if its count has fallen it waits
+    for another. Each group of pairs has its best one in the heap.
+    """
+    special, n = set(vocabulary[:-256]), len(words.text) + len(words.sizes) + 1
+    if n >= 1 << 31:
+        raise ValueError(f"{human(n)} bytes of distinct pre-tokens are too many; lower --max_chars")
+    sizes, counts = np.frombuffer(words.sizes, np.int32), np.frombuffer(words.counts, np.int64)
+    filled = np.ones(n, bool)
+    filled[np.r_[0, np.cumsum(sizes + 1)]] = False
+    id_of_byte = np.empty(256, np.int32)
+    for i, piece in enumerate(vocabulary[-256:], len(special)):
+        id_of_byte[piece[0]] = i
+    ids = np.full(n, -1, np.int32)
+    ids[filled] = id_of_byte[np.frombuffer(words.text, np.uint8)]
+    del filled
+    weight = np.repeat(counts.astype(np.min_scalar_type(counts.max(initial=0))), sizes + 1)
+    length = np.ones(size, np.int32)
+
+    groups, heap, merges = {}, [], []
+
+    def wait(home: int) -> None:
+        """Put the best pair of a group into the heap; argmax takes the first of equal ones."""
+        pairs = groups[home]
+        best = int(pairs.bounds.argmax()) if len(pairs.bounds) else 0
+        if len(pairs.bounds) and pairs.bounds[best] > 0:
+            heapq.heappush(heap, (-int(pairs.bounds[best]), int(pairs.keys[best]), home, best))
+        else:
+            del groups[home]
+
+    none = np.empty(0, np.int32), np.empty(0, np.int32)
+    for left in range(len(special), len(vocabulary)):
+        at = np.flatnonzero(ids == left)
+        right = ids[at + 1]
+        groups[left] = Pairs.gather(left, none, (right[right >= 0], at[right >= 0]), weight, min_frequency)
+        wait(left)
+
+    bar = progress(size - len(vocabulary), "merges", "")
+    while heap and len(vocabulary) < size:
+        bound, key, home, k = heapq.heappop(heap)
+        pairs, left, right = groups[home], key >> 32, key & 0xFFFFFFFF
+        at = pairs.at[pairs.starts[k] : pairs.ends[k]]
+        at = at[(ids[at] == left) & (ids[at + length[left]] == right)]
+        count = int(weight[at].sum(dtype=np.int64))
+        joined = vocabulary[left] + vocabulary[right]
+        if count < -bound:
+            pairs.bounds[k] = count if count >= min_frequency else 0
+            pairs.ends[k] = pairs.starts[k] + len(at)
+            pairs.at[pairs.starts[k] : pairs.ends[k]] = at
+            wait(home)
+            continue
+        pairs.bounds[k] = 0
+        wait(home)
+        if joined in special:  # <s> in the text is three characters, never the token
+            continue
+        if left == right:  # of aaa the first two are joined: take every other place of a row
+            nth = np.arange(len(at))
+            begins = np.r_[True, np.diff(at) != length[left]]
+            at = at[(nth - np.maximum.accumulate(np.where(begins, nth, 0))) % 2 == 0]
+        new, seam, end = len(vocabulary), at + length[left], at + length[left] + length[right]
+        ids[seam - 1] = ids[seam] = -1
+        ids[at] = ids[end - 1] = new
+        length[new] = length[left] + length[right]
+        merges.append((left, right))
+        vocabulary.append(joined)
+        before, after = ids[at - 1], ids[end]
+        far = (before >= 0) & (before != new)  # (new, new) is found from its left half
+        lefts = before[far], at[far] - length[before[far]]
+        groups[new] = Pairs.gather(new, lefts, (after[after >= 0], at[after >= 0]), weight, min_frequency)
+        wait(new)
+        bar.update()
+    bar.close()
+    return merges
+
+
+def train_bytes(
+    blocks: Iterable[str],
+    vocab_size: int,
+    specials: Iterable[str] = (),
+    split_digits: bool = True,
+    max_han: int = 0,
+    min_frequency: int = 2,
+    nfkc: bool = False,
+    add_bos: bool = True,
+) -> dict[str, bytes]:
+    """Learn byte-level BPE from text and return the folder's files: name -> content.
+
+    Ids: <s>, </s>, <pad>, your special tokens, 256 bytes in GPT-2's order, then pairs as they were joined.
+    ValueError for an empty text or a vocab_size that does not fit it.
+    """
+    named = [*list(BASE_SPECIALS.values())[1:], *specials]
+    vocabulary = [text.encode() for text in named] + [bytes([b]) for b in BYTE_ORDER]
+    if vocab_size < len(vocabulary):
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and special tokens are {len(vocabulary)}"
+        )
+    pattern = split_pattern(split_digits, max_han)
+    texts = (unicodedata.normalize("NFKC", block) for block in blocks) if nfkc else blocks
+    words = count_words(texts, pattern)
+    if not words.sizes:
+        raise ValueError("the corpus is empty: there is no text to learn from")
+    merges = learn_merges(words, vocabulary, vocab_size, min_frequency)
+    if len(vocabulary) < vocab_size:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too large for this text; "
+            f"at most {len(vocabulary)}, or give more text"
+        )
+    letters = [*named, *("".join(LETTER[b] for b in piece) for piece in vocabulary[len(named) :])]
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    fast = {
+        "normalizer": {"type": "NFKC"} if nfkc else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, level]},
+        "decoder": level,
+        "model": {
+            "type": "BPE",
+            "vocab": {text: i for i, text in enumerate(letters)},
+            "merges": [[letters[left], letters[right]] for left, right in merges],
+        },
+    }
+    return describe(dict(enumerate(named)), "PreTrainedTokenizerFast", add_bos, fast)
+
+
+# --- 9. the command train -----------------------------------------------------------------------------------
+
+
 @dataclass
 class Train:
     corpus: Positional[list[str]]  # files or folders: .txt, .jsonl ("text" of each line), .gz of both
     out: str  # folder to write
     vocab_size: int = 8192  # tokens in all: special ones, 256 bytes, pieces
-    kind: Literal["bpe", "unigram", "char"] = "bpe"  # how the vocabulary is learnt; char: single characters
+    kind: Literal["bpe", "unigram", "char", "bytebpe"] = "bpe"  # how the vocabulary is learnt; see above
     nfkc: bool = False  # normalise with NFKC (full-width letters become ASCII, ① becomes 1): not lossless
+    split_digits: bool = True  # every digit is a token of its own
     byte_fallback: bool = True  # spell unknown characters in bytes; without it they become <unk>
     character_coverage: float = 0.9995  # share of the text's characters that get a token of their own
+    max_han: int = 0  # bytebpe: cut runs of Han to so many characters; 0: as long as they are
+    min_frequency: int = 2  # bytebpe: join no pair that occurs less often
     specials: str = ""  # more special tokens, separated by commas: "<|user|>,<|assistant|>"
     add_bos: bool = True  # start every document with <s>, as LLaMA does
     max_chars: int = 100_000_000  # learn from a random sample of about so many characters (6 GB of memory)
     seed: int = 0  # of that sample
+
+
+def check_options(config: Train) -> None:
+    """Refuse options that the kind of vocabulary does not have; ValueError says which."""
+    default = {"byte_fallback": True, "character_coverage": 0.9995}
+    if config.kind != "bytebpe":
+        default = {"max_han": 0, "min_frequency": 2}
+    for name, value in default.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"--{name}: --kind {config.kind} has no such option")
+    if config.max_han < 0 or config.min_frequency < 1:
+        raise ValueError("--max_han must be 0 or more, --min_frequency 1 or more")
 
 
 def train(config: Train) -> None:
@@ -541,22 +1160,31 @@ def train(config: Train) -> None:
     began = time.perf_counter()
     specials = [text for text in config.specials.split(",") if text]
     check_specials(specials)
+    check_options(config)
     chars = sum(map(len, documents(config.corpus)))
     share = min(1.0, config.max_chars / max(chars, 1))
     rng = random.Random(config.seed)
-    every = (line for text in documents(config.corpus) for line in training_lines(text))
-    lines = (line for line in every if share == 1.0 or rng.random() < share)
+    parts_of = text_blocks if config.kind == "bytebpe" else training_lines
+    every = (part for text in documents(config.corpus) for part in parts_of(text))
+    parts = (part for part in every if share == 1.0 or rng.random() < share)
     with atomic_folder(config.out) as folder:
-        model = train_model(
-            lines,
-            config.vocab_size,
-            specials,
-            model_type=config.kind,
-            normalization_rule_name="nfkc" if config.nfkc else "identity",
-            byte_fallback=config.byte_fallback,
-            character_coverage=config.character_coverage,
-        )
-        tokenizer = from_files(folder_files(model, config.add_bos), config.out)
+        if config.kind == "bytebpe":
+            names = ("split_digits", "max_han", "min_frequency", "nfkc", "add_bos")
+            options = {name: getattr(config, name) for name in names}
+            files = train_bytes(parts, config.vocab_size, specials, **options)
+        else:
+            model = train_model(
+                parts,
+                config.vocab_size,
+                specials,
+                model_type=config.kind,
+                normalization_rule_name="nfkc" if config.nfkc else "identity",
+                split_digits=config.split_digits,
+                byte_fallback=config.byte_fallback,
+                character_coverage=config.character_coverage,
+            )
+            files = folder_files(model, config.add_bos)
+        tokenizer = from_files(files, config.out)
         tokenizer.save(folder)
     size, _, ids = measure(tokenizer, texts_up_to(config.corpus, 1_000_000))
     print(
@@ -566,7 +1194,7 @@ def train(config: Train) -> None:
     )
 
 
-# --- 7. statistics ------------------------------------------------------------------------------------------
+# --- 10. statistics -----------------------------------------------------------------------------------------
 
 ROUND_TRIPS = {
     "newline, tab": "a\n\n\tb\r\n",

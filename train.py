@@ -6,17 +6,20 @@
 count, logs)`. A step adds up the gradients of its micro-batches and ranks and divides once by the number of
 trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 agree.
 
-    python train.py --preset demo --data out/shards --out out/run --tokens_per_step 8192 --epochs 3
+    python train.py --preset demo --data out/shards --out out/run --tokens_per_step 4096 --epochs 3
     torchrun --nproc_per_node 8 train.py --preset phi2-chinese-0.2b --data out/zh,out/en --out out/run
     python train.py --resume --out out/run                                  # goes on exactly
     python train.py --init out/run --data out/shards --out out/run2         # takes weights, starts afresh
+    python train.py --data out/zh:0.7,out/en:0.3 --out out/run3             # shares of the trained tokens
+    python train.py --data out/zh,out/en --mixture mix.json --out out/run4  # {"zh": 0.7, "en": 0.3}, editable
 
 A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
 (a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
 --resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop (torchrun
 kills its processes 30 s after a SIGTERM; its --shutdown-timeout gives a large model more time).
 
-Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay).
+Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay); XuanYuan 2023 (a data mix
+that follows the evaluations).
 """
 
 from __future__ import annotations
@@ -37,7 +40,17 @@ import torch.nn as nn
 
 import checkpoint
 import common
-from data import IGNORE, Batches, RowStream, Shards, validation_batches
+from data import (
+    IGNORE,
+    Batches,
+    Mixture,
+    RowStream,
+    Shards,
+    read_weights,
+    shares,
+    split_weights,
+    validation_batches,
+)
 from generate import Sampling, generate
 from model import FROM_TOKENIZER, PRESETS, ModelConfig, build, flops_per_token, init_weights, num_params
 from parallel import gradient_sync, parallelize, unwrap
@@ -60,7 +73,7 @@ class FitConfig:
     weight_decay: float = 0.1  # of matrices; norms and biases have none
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.95  # of AdamW
-    clip: float = 1.0  # longest gradient; 0: do not clip
+    clip: float = 1.0  # clip the gradient to this norm; 0: never
     dropout: float = 0.0  # after the embedding and on the residual branches
     seed: int = 1  # of weights, data order, dropout
     tokens_per_step: int = 16384  # tokens of one optimizer step, over all micro-batches and ranks
@@ -73,7 +86,7 @@ class FitConfig:
     compile: bool = False  # let Inductor fuse each block (on a CPU it needs a C++ compiler)
     device: str = "auto"  # auto, cpu, cuda
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
-    peak_tflops: float = 0.0  # of one device, for MFU; 0: known GPUs from a table, else measured at the start
+    peak_tflops: float = 0.0  # of one device, for MFU (model FLOPs utilisation); 0: known, or measured
 
     def __post_init__(self):
         for name in ("tokens_per_step", "micro_tokens", "log_every", "keep"):
@@ -89,7 +102,8 @@ class FitConfig:
 
 @dataclass
 class TrainConfig(FitConfig):
-    data: str = ""  # packed folders, separated by commas
+    data: str = ""  # packed folders, separated by commas; FOLDER:WEIGHT sets a folder's share of the tokens
+    mixture: str = ""  # file of weights, {"zh": 0.7, "en": 0.3} by folder name, read again at each evaluation
     preset: str = "demo"  # a name of model.PRESETS, or a folder with a config.json
     init: str = ""  # a model folder or a run: take its weights (and its shape), start afresh
     vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
@@ -98,7 +112,7 @@ class TrainConfig(FitConfig):
     row_tokens: int = 0  # tokens of a training row; 0: the model's context
     epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
     steps: int = 0  # optimizer steps
-    tokens: float = 0  # tokens to train, for example 2e7
+    tokens: float = 0  # positions of rows to go through, for example 2e7; the log counts trained tokens
     sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
 
 
@@ -151,6 +165,7 @@ def fit(
     loss: Loss,
     evaluate: Callable[[nn.Module], dict] | None = None,
     *,
+    refresh: Callable[[], dict] | None = None,
     steps: int,
     process: common.Process,
     identity: dict,
@@ -165,6 +180,8 @@ def fit(
     loss        (model, batch) -> (sum, count, logs): the summed loss with its graph, the number of trained
                 tokens or pairs, and {name: (sum, count)} to log
     evaluate    model -> {name: number or text}, called by all ranks every cfg.eval_every steps and at the end
+    refresh     called by all ranks every cfg.eval_every steps, before that step is saved: what it changes in
+                `batches` is saved with the step, so a resumed run has it too; returns what to log, or {}
     identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
     settings    JSON for run.json, written once it is sure that the run can start or go on
     flops       floating-point operations per trained token, for MFU
@@ -237,6 +254,9 @@ def fit(
                 f"warning: the first loss is {means['loss']:.3f}; fresh weights should give {first_loss:.3f}"
             )
 
+        due = cfg.eval_every and step % cfg.eval_every == 0
+        if due and refresh and (news := refresh()):
+            log.evaluation(step, news)
         stopping = sums["stop"][0] > 0 and step < steps
         if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0):
             extra = {"step": step, "tokens": tokens, "batches": batches.state(), "identity": identity}
@@ -245,7 +265,7 @@ def fit(
             saved = step
             if process.first:
                 checkpoint.prune(run, cfg.keep)
-        if evaluate and not stopping and (step == steps or (cfg.eval_every and step % cfg.eval_every == 0)):
+        if evaluate and not stopping and (step == steps or due):
             model.eval()
             log.evaluation(step, evaluate(model))
             model.train()
@@ -279,7 +299,7 @@ class Sums:
     def __init__(self, process: common.Process):
         self.process, self.pairs = process, {}
 
-    def add(self, **pairs) -> None:
+    def add(self, /, **pairs) -> None:
         """Add {name: (sum, count)} of one micro-batch."""
         for name, (total, count) in pairs.items():
             new = torch.stack(
@@ -315,9 +335,8 @@ class Peak:
 
 def measured_flops(device: str, dtype: torch.dtype, size: int = 1536) -> float:
     """Measure the FLOP/s of a matrix product (size, size) x (size, size), the best of 12."""
-    a, b = (
-        torch.ones(size, size, device=device, dtype=dtype) for _ in range(2)
-    )  # no random numbers: exact resume
+    # ones, not random numbers: drawing some would move the RNG, and a resumed run would differ
+    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = math.inf
     for _ in range(12):
         start = time.perf_counter()
@@ -386,42 +405,92 @@ def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.
 def validate(
     model: nn.Module, shards: Shards, width: int, rows: int, process: common.Process, bos: bool
 ) -> dict:
-    """Measure the loss and the bits per byte of the whole validation part; all ranks share its rows.
+    """Measure the loss and the bits per byte of the whole validation part, and the loss of each source.
 
     width: tokens of a row; rows: of a batch; bos: documents start with a <s>, so every token is predicted.
+    All ranks share the rows.
     """
     total = Sums(process)
-    total.add(loss=(0.0, 0))
-    for batch in validation_batches(shards, width, rows, process.rank, process.world):
-        value, count, _ = next_token_loss(model, {k: v.to(process.device) for k, v in batch.items()})
-        total.add(loss=(value, count))
-    nats, count = total.over_ranks()["loss"]
+    for name, source in shards.sources.items():
+        total.add(**{name: (0.0, 0)})
+        if not source.documents:
+            continue
+        for batch in validation_batches(shards, width, rows, process.rank, process.world, source.documents):
+            value, count, _ = next_token_loss(model, {k: v.to(process.device) for k, v in batch.items()})
+            total.add(**{name: (value, count)})
+    sums = total.over_ranks()
+    each = {f"val_loss/{name}": s / n for name, (s, n) in sums.items() if n and len(sums) > 1}
+    nats, count = (sum(column) for column in zip(*sums.values(), strict=True))
     loss = nats / count
     if not bos:  # nothing predicts a document's first token, so a decoder would need all its ln V nats
         nats += len(shards) * math.log(unwrap(model).config.vocab_size)
-    return {"val_loss": loss, "val_bits_per_byte": nats / math.log(2) / shards.bytes}
+    return {"val_loss": loss, "val_bits_per_byte": nats / math.log(2) / shards.bytes, **each}
 
 
 class Evaluation:
-    """What pretraining looks at between steps: validation loss, bits per byte, and a sample."""
+    """What pretraining looks at between steps: validation loss, bits per byte, epochs, and a sample."""
 
     def __init__(
-        self, shards: Shards, tokenizer: Tokenizer, cfg: TrainConfig, width: int, process: common.Process
+        self,
+        shards: Shards,
+        tokenizer: Tokenizer,
+        cfg: TrainConfig,
+        stream: RowStream | Mixture,
+        process: common.Process,
     ):
-        self.shards, self.tokenizer, self.process, self.width = shards, tokenizer, process, width
+        self.shards, self.tokenizer, self.process, self.stream = shards, tokenizer, process, stream
+        self.width = width = stream.row
         self.rows = max(1, cfg.micro_tokens // width)
         self.prompt = tokenizer.encode_prompt(cfg.sample)
         if len(self.prompt) >= width:
             raise ValueError(f"--sample is {len(self.prompt)} tokens long; a row has {width}")
 
     def __call__(self, model: nn.Module) -> dict:
-        """Evaluate; rank 0 writes the sample."""
-        out = validate(model, self.shards, self.width, self.rows, self.process, self.tokenizer.add_bos)
+        """Evaluate; rank 0 writes the sample. Without validation documents there is no validation loss."""
+        out = self.stream.epochs()
+        if len(self.shards):
+            bos = self.tokenizer.add_bos
+            out = validate(model, self.shards, self.width, self.rows, self.process, bos) | out
         if self.process.first and self.prompt:
             sampling = Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
-            new = generate(unwrap(model), [self.prompt], sampling)[0]
+            with torch.compiler.set_stance("force_eager"):  # each length of the cache would compile anew
+                new = generate(unwrap(model), [self.prompt], sampling)[0]
             out["sample"] = self.tokenizer.decode(self.prompt + new)
         return out
+
+
+def starting_weights(cfg: TrainConfig, shards: Shards, typed: list[float] | None) -> dict | None:
+    """Give {source: share} from --data or --mixture; None: every document once an epoch."""
+    if cfg.mixture and typed:
+        raise ValueError("--mixture and weights in --data exclude each other; leave out one")
+    if cfg.mixture and checkpoint.saved_steps(Path(cfg.out)):  # the saved step has those in force
+        return shares(dict.fromkeys(shards.sources, 1), "--mixture")
+    if cfg.mixture:
+        return read_weights(cfg.mixture, shards.sources)
+    return shares(dict(zip(shards.sources, typed, strict=True)), "--data") if typed else None
+
+
+def reread(path: str, mixture: Mixture, process: common.Process) -> dict:
+    """Put the weights of --mixture in force from the next row on; return what to log if they changed.
+
+    Rank 0 reads, so that all ranks agree. A file that is bad now is announced, and the old weights stay.
+    """
+    weights, problem = mixture.weights, ""
+    if process.first:
+        try:
+            weights = read_weights(path, mixture.weights)
+        except (ValueError, OSError, RecursionError) as error:
+            problem = str(error)
+    if process.world > 1:
+        table = torch.tensor(list(weights.values()), dtype=torch.float64, device=process.device)
+        dist.broadcast(table, 0)
+        weights = dict(zip(weights, table.tolist(), strict=True))
+    if problem:
+        return {"mixture_problem": f"{problem}; the old weights stay in force"}
+    if weights == mixture.weights:
+        return {}
+    mixture.set_weights(weights)
+    return {f"weight/{name}": weight for name, weight in weights.items()}
 
 
 def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -513,7 +582,9 @@ def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> P
     return Plan(row, rows, micro, cfg.steps or max(1, round(wanted / (rows * row))))
 
 
-def describe(config: ModelConfig, p: Plan, shards: Shards, process: common.Process) -> None:
+def describe(
+    config: ModelConfig, p: Plan, shards: Shards, process: common.Process, weights: dict | None = None
+) -> None:
     """Print what is about to happen, before anything does."""
     n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
     flops = flops_per_token(config, p.row_tokens)
@@ -528,6 +599,9 @@ def describe(config: ModelConfig, p: Plan, shards: Shards, process: common.Proce
         f"{common.human(tokens)} tokens, {tokens / n:.1f} per parameter, {tokens / shards.tokens:.2f} epochs"
     )
     print(f"training: {cut} = {amount}")
+    if weights:
+        passes = {name: w * tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
+        print(f"mixture: {', '.join(f'{n} {w:.1%} ({passes[n]:.2f} epochs)' for n, w in weights.items())}")
     print(f"memory: {16 * n / 1e9:.2f} GB a rank for weights, gradients and moments, before activations")
     print(f"a step: {process.world} ranks x {accumulation} micro-batches x {p.micro_rows} rows")
     matrices = flops_per_token(config, 0) / 6
@@ -544,14 +618,15 @@ def main(cfg: TrainConfig) -> None:
         raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
     if not cfg.data:
         raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
-    folders = [f for f in cfg.data.split(",") if f]
+    folders, typed = split_weights(cfg.data)
     process = common.start_process(cfg.device)
     tokenizer = load_tokenizer(folders[0])
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
     p = plan(cfg, config, shards, process.world)
+    weights = starting_weights(cfg, shards, typed)
     if process.first:
-        describe(config, p, shards, process)
+        describe(config, p, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
 
@@ -562,15 +637,21 @@ def main(cfg: TrainConfig) -> None:
             checkpoint.load_into(model, cfg.init)
         else:
             init_weights(unwrap(model), cfg.seed)
-    stream = RowStream(shards, p.row_tokens, cfg.seed)
+    if weights:
+        stream = Mixture(shards, p.row_tokens, cfg.seed, weights)
+    else:
+        stream = RowStream(shards, p.row_tokens, cfg.seed)
+    refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
+    if refresh and not checkpoint.saved_steps(run):
+        refresh()  # every rank has read the file by itself; now all take what rank 0 read
     batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
-    val = Shards(folders, "val")
     code = fit(
         model,
         batches,
         cfg,
         next_token_loss,
-        Evaluation(val, tokenizer, cfg, p.row_tokens, process) if len(val) else None,
+        Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process),
+        refresh=refresh,
         steps=p.steps,
         process=process,
         identity={
@@ -579,6 +660,7 @@ def main(cfg: TrainConfig) -> None:
             "row_tokens": p.row_tokens,
             "rows_per_step": p.rows_per_step,
             "seed": cfg.seed,
+            "mixture": list(weights) if cfg.mixture else weights,  # a file's weights may change
         },
         settings=settings,
         tokenizer=tokenizer,
@@ -594,7 +676,8 @@ def _saved_settings(cfg: TrainConfig) -> TrainConfig:
     if not path.exists():
         raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
     saved = common.read_json(path)["config"]
-    words = {word.split("=")[0].lstrip("-").replace("-", "_").removeprefix("no_") for word in sys.argv}
+    flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
+    words = {flag.lstrip("-").replace("-", "_").removeprefix("no_") for flag in flags}
     typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
     if "steps" in typed or "tokens" in typed:  # one replaces the other
         saved |= {"steps": 0, "tokens": 0}
