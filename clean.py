@@ -36,9 +36,8 @@ import os
 import re
 import shutil
 import unicodedata
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -371,7 +370,7 @@ def clean_text(text: str, off: frozenset[str] = frozenset()) -> str:
 
 @dataclass
 class CleanConfig:
-    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl, both also as .gz, or folders of them
+    files: tyro.conf.Positional[tuple[str, ...]]  # .txt, .jsonl (.gz, .zst), .parquet, or folders of them
     out: str  # folder to write
     off: str = ""  # rules, filters and stages to leave out, by name, with commas between
     min_chars: int = 5  # length: fewest letters, digits and Han characters of a document
@@ -622,17 +621,18 @@ def longest_of_each(labels: np.ndarray, alive: np.ndarray, sizes: np.ndarray) ->
 def clean(config: CleanConfig) -> None:
     """Clean, filter and de-duplicate documents into a folder of .jsonl files with a report."""
     files, context = common.document_files(config.files), prepare(config)
-    size = sum(f.stat().st_size for f in files if f.suffix != ".gz") or None
     counts, examples, tables = Counter(), defaultdict(list), []
     with common.atomic_folder(config.out, config.overwrite) as out:
         scratch = out / "scratch"
         scratch.mkdir()
         with (
-            common.progress(size, "clean", "B") as bar,
+            common.progress(common.plain_bytes(files), "clean", "B") as bar,
             open(scratch / "documents", "wb") as documents,
             open(scratch / "signatures", "wb") as values,
         ):
-            for lines, table, sigs, done, shown in _clean_all(files, context):
+            workers = config.workers or os.cpu_count() or 1
+            blocks = common.ordered_map(_clean_block, _blocks(files), workers, _start_worker, context)
+            for lines, table, sigs, done, shown in blocks:
                 documents.writelines(lines)
                 values.write(sigs.tobytes())
                 tables.append(table)
@@ -688,20 +688,11 @@ def prepare(config: CleanConfig) -> Context:
     return Context(config, off, words, model, limit)
 
 
-def _clean_all(files: list[Path], context: Context) -> Iterator[tuple]:
-    """Yield the cleaned blocks in the input's order, with few of them in memory."""
-    workers = context.config.workers or os.cpu_count() or 1
-    # blocks in flight are bounded: executor.map would read the whole corpus ahead
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(context,)) as pool:
-        pending: deque = deque()
-        for source, path in enumerate(files):
-            documents = common.raw_documents(path)
-            while block := list(itertools.islice(documents, BLOCK)):
-                pending.append(pool.submit(_clean_block, source, path, block))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-        for future in pending:
-            yield future.result()
+def _blocks(files: list[Path]) -> Iterator[tuple]:
+    for source, path in enumerate(files):
+        documents = common.raw_documents(path)
+        while block := list(itertools.islice(documents, BLOCK)):
+            yield source, path, block
 
 
 _worker: dict = {}  # what a cleaning process keeps between blocks
@@ -711,12 +702,13 @@ def _start_worker(context: Context) -> None:
     _worker.update(context=context)
 
 
-def _clean_block(source: int, path: Path, documents: list[tuple[int, bytes]]) -> tuple:
+def _clean_block(block: tuple[int, Path, list[tuple[int, bytes]]]) -> tuple:
     """Clean and filter a block of documents, counting what each rule does, and hash what is left.
 
     Returns of the documents left the lines to write, a table (documents, 3) of source, characters, 64-bit
     hash, and the signatures; and of all of them counts by rule and examples (rule, example).
     """
+    source, path, documents = block
     context, counts, examples, lines, table, forms = _worker["context"], Counter(), [], [], [], []
     for line, raw in documents:
         given = text = common.parse_document(raw, path, line)

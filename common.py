@@ -22,6 +22,7 @@ import signal
 import sys
 import typing
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -256,6 +257,33 @@ def documents(paths: typing.Iterable[str | Path]) -> Iterator[str]:
     for path in document_files(paths):
         for line, raw in raw_documents(path):
             yield parse_document(raw, path, line)
+
+
+def ordered_map(function: Callable, tasks: typing.Iterable, workers: int, start: Callable, *args) -> Iterator:
+    """Yield function(task) in the order of the tasks, from `workers` processes that first call start(*args).
+
+    Few tasks are in flight: executor.map would read the whole corpus ahead. One worker is this process.
+    """
+    if workers == 1:
+        start(*args)
+        yield from map(function, tasks)
+        return
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(workers, initializer=start, initargs=args) as pool:
+        pending: deque = deque()
+        for task in tasks:
+            pending.append(pool.submit(function, task))
+            if len(pending) > 2 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def plain_bytes(files: list[Path]) -> int | None:
+    """Sum up the sizes of uncompressed text files; None if one is compressed: the total is unknown."""
+    plain = all(f.suffix in (".txt", ".jsonl") for f in files)
+    return sum(f.stat().st_size for f in files) if plain else None
 
 
 # --- 3. writing ---------------------------------------------------------------------------------------------

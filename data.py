@@ -36,9 +36,7 @@ import hashlib
 import math
 import os
 import sys
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -81,11 +79,13 @@ def pack(config: PackConfig) -> None:
     workers = config.workers or os.cpu_count() or 1
     with common.atomic_folder(config.out, config.overwrite) as out:
         writers = {part: ShardWriter(out, part, dtype, config.shard_tokens) for part in ("train", "val")}
-        plain = all(f.suffix in (".txt", ".jsonl") for f in files)  # else the bar cannot know its end
-        total = sum(f.stat().st_size for f in files) if plain else None
-        with common.progress(total, "pack", "B") as bar:
-            for part, ids, sizes in _encode_all(files, config, workers, bar):
-                writers[part].add(ids, sizes)
+        with common.progress(common.plain_bytes(files), "pack", "B") as bar:
+            blocks = ((f, block) for f in files for block in _blocks(f))
+            start = (_start_worker, config.tokenizer, config.val_ratio)
+            for size, parts in common.ordered_map(_encode_block, blocks, workers, *start):
+                for part, ids, sizes in parts:
+                    writers[part].add(ids, sizes)
+                bar.update(size)
         for writer in writers.values():
             writer.close()
         tokenizer.save(out)
@@ -109,31 +109,6 @@ def pack(config: PackConfig) -> None:
         print(f"{part}: {r['documents']:,} documents, {r['tokens']:,} tokens, {rate:.2f} bytes per token")
 
 
-def _encode_all(files: list[Path], config: PackConfig, workers: int, bar) -> Iterator[tuple]:
-    """Yield (part, ids, sizes) per block of documents, in the input's order, with few blocks in memory."""
-    blocks = ((f, block) for f in files for block in _blocks(f))
-    if workers == 1:
-        _start_worker(config.tokenizer, config.val_ratio)
-        for block in blocks:
-            yield from _encode_block(block)
-            bar.update(sum(len(raw) for _, raw in block[1]))
-        return
-    # in-flight blocks are bounded: executor.map would read the whole corpus ahead
-    with ProcessPoolExecutor(
-        workers, initializer=_start_worker, initargs=(config.tokenizer, config.val_ratio)
-    ) as pool:
-        pending: deque = deque()
-        for block in blocks:
-            pending.append((pool.submit(_encode_block, block), sum(len(raw) for _, raw in block[1])))
-            if len(pending) > 2 * workers:
-                future, size = pending.popleft()
-                yield from future.result()
-                bar.update(size)
-        for future, size in pending:
-            yield from future.result()
-            bar.update(size)
-
-
 def _blocks(file: Path) -> Iterator[list[tuple[int, bytes]]]:
     block, size = [], 0
     for line, raw in common.raw_documents(file):
@@ -153,8 +128,8 @@ def _start_worker(tokenizer: str, val_ratio: float) -> None:
     _worker.update(tokenizer=load_tokenizer(tokenizer), val_ratio=val_ratio)
 
 
-def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> list[tuple]:
-    """Encode a block's documents; returns (part, ids, [(tokens, bytes) per document]) for each part."""
+def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, list[tuple]]:
+    """Encode a block's documents; returns its bytes and per part (part, ids, [(tokens, bytes), …])."""
     path, lines = block
     parts: dict = {"train": ([], []), "val": ([], [])}
     for line, raw in lines:
@@ -167,7 +142,8 @@ def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> list[tuple]:
         document = _worker["tokenizer"].encode_document(text)
         ids.append(np.asarray(document, np.uint32))
         sizes.append((len(document), len(data)))
-    return [(part, np.concatenate(ids), sizes) for part, (ids, sizes) in parts.items() if ids]
+    done = [(part, np.concatenate(ids), sizes) for part, (ids, sizes) in parts.items() if ids]
+    return sum(len(raw) for _, raw in lines), done
 
 
 class ShardWriter:
