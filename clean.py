@@ -3,10 +3,11 @@
     python clean.py corpus/*.jsonl --out out/clean
     python clean.py web.jsonl.gz --out out/clean --off simplify,final_mark --ppl_sample good.txt
 
-Text rules, in this order: mojibake replacement control fullwidth spaces simplify brackets quotes punctuation
+Text rules, in this order: mojibake control fullwidth replacement spaces simplify brackets quotes punctuation
 repeats boilerplate blank_lines final_mark. They change marks, spaces and variants of characters, never the
-sequence of Han characters, letters and digits (but for 繁→简 and whole boilerplate lines); lines without
-Chinese, and lines of code, stay as they are. Cleaning twice gives what cleaning once gives.
+sequence of Han characters, letters and digits (but for 繁→简, terminal colours and whole boilerplate lines).
+Lines without Chinese, and lines of code, stay as they are; Japanese, Korean and English lines with some
+Chinese keep their marks. In doubt nothing is changed. Cleaning twice gives what cleaning once gives.
 
 Filters, each drops whole documents: damaged length han_share symbol_share repeated_lines repeated_grams
 keywords perplexity. Then exact_duplicates and near_duplicates, inside each input file first, then over all;
@@ -55,43 +56,63 @@ HAN = "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _han = re.compile(f"[{HAN}]")
 # Han, radicals, CJK marks, kana, full- and half-width forms: a line with none of them is no Chinese line
 _cjk = re.compile(f"[{HAN}\u2e80-\u2fdf\u3000-\u30ff\ufe10-\ufe1f\uff01-\uffef]")
-_fence = re.compile(r"\s*```")
+_kana_or_hangul = re.compile(
+    "[\u3041-\u306d\u306f-\u3096\u30a1-\u30fa\uac00-\ud7a3]"
+)  # の is seen in Chinese
+_latin_word = re.compile(r"""(?<![^\s("“])[A-Za-z]{2,}(?=[,.;:!?)"”]*(?:\s|$))""")
+_fence = re.compile(r"\s*(?:```|~~~)")
 _strings_and_comments = re.compile(
     r""""(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|(?<![A-Za-z])#.*|(?<!:)//.*|/\*.*?\*/|<!--.*?-->"""
 )
-_code_sign = re.compile(r"[=(){}\[\];<>]|^\s*(?:return|echo|print|import|yield|raise|case)\b")
+_code_sign = re.compile(r"[=(){}\[\];<>]|^\s*(?:return|echo|puts|printf?|import|yield|raise|case)\b")
 _code_line = re.compile(r"\s+#|\s*(?://|/\*|\*/)|\s*(?:'''|\"\"\")")
+_code_shape = re.compile(  # code, whatever Chinese stands in it
+    r"""(?x) \s*["'][^"']*["']\s*:.* | [ \t]*"[^"]*", | [ \t]+"[^"]*[^"。，！？.!?…]"    # a member in JSON
+    | (?:\t|[ ]{2})\s*(?:[A-Za-z_][A-Za-z0-9_.]*\(.*|\w+\(.*\))                         # an indented call
+    | \s*(?:if|elif|while|for|with|def|class|switch|function)\b.*[:{] | \s*[{}].* | .*[){=]\s*\{ | .*=.*;
+    | \s*\#\s*(?:include|define|if|ifdef|ifndef|pragma)\b.* | \s*[a-z-]+:\s[^:]*; | \s*\$\s.*
+    | \s*(?:SELECT|INSERT|UPDATE|DELETE|CREATE|ALTER|FROM|WHERE|VALUES)\b.*"""
+)
 
-# Spans inside prose that no rule on marks touches: inline code, addresses, tags, entities, formulas.
+# Spans inside prose that no rule on marks touches: inline code, addresses, tags, entities, formulas, calls.
 KEEP = (
     r"`[^`]+`"
     r"|(?<![A-Za-z0-9+.-])(?:[A-Za-z][A-Za-z0-9+.-]*://|www\.)[!#-&(-;=?-_a-~]*[A-Za-z0-9/_=&#%~+-]"
     r"|(?<![A-Za-z0-9._+-])[A-Za-z0-9._+-]+@[A-Za-z0-9-]+\.[A-Za-z0-9.-]*[A-Za-z0-9]"
-    r"|</?[A-Za-z][^<>]*>|&\#?[A-Za-z0-9]{1,8};|\$[^$\u2e80-\uffff]+\$"
+    r"|</?[A-Za-z][^<>]*>|&\#?[A-Za-z0-9]{1,8};|\$[^$\u2e80-\uffff]+\$|\$[^$]{0,99}\\[A-Za-z][^$]{0,99}\$"
+    r"|\\[A-Za-z]+\*?\{[^{}]*\}|\{[^{}]+\}|\[\s*[\"'][^\[\]]*\]"
+    r"|(?:[A-Za-z0-9_]|\])\([^()，。；：！？]*\)"
 )
-_may_keep = re.compile(r"[`@<&$]|://|www\.").search  # a quick look, for most lines hold no such span
+_may_keep = re.compile(r"[`@<&$\\{]|://|www\.|[A-Za-z0-9_\]]\(|\[\s*[\"']").search  # most lines hold no such
 
 
-def prose_lines(lines: list[str]) -> Iterator[bool]:
-    """Tell for each line whether it is Chinese prose: not fenced, not code, not without CJK characters.
+@functools.lru_cache(256)  # one rule after the other asks about the same lines
+def _language(line: str) -> str:
+    """Say what a line is: "" (code, or nothing Chinese in it), "foreign" (with Chinese words) or "chinese".
 
-    Code is a line whose Chinese stands in string literals and comments only: print("你好")  # 注释
+    Code is what looks like it, or has Chinese in string literals and comments only: print("你好")  # 注释
     """
+    if not _cjk.search(line) or len(line) < 500 and _code_shape.fullmatch(line.rstrip()):
+        return ""
+    bare = _strings_and_comments.sub("", line[:20_000])  # "/*/*/*…" takes quadratic time
+    if not _cjk.search(bare) and (_code_sign.search(bare) or _code_line.match(line)):
+        return ""
+    words = len(_latin_word.findall(line))
+    foreign = words > 2 and 2 * words > len(_han.findall(line)) or _kana_or_hangul.search(line)
+    return "foreign" if foreign else "chinese"
+
+
+def languages(lines: list[str]) -> Iterator[str]:
+    """Tell of each line what language it is in, "" for code and all between code fences."""
     fenced = False
     for line in lines:
         fence = bool(_fence.match(line))
         fenced ^= fence
-        yield not fence and not fenced and bool(_cjk.search(line)) and not _is_code(line)
+        yield "" if fence or fenced else _language(line)
 
 
-@functools.lru_cache(256)  # one rule after the other asks about the same lines
-def _is_code(line: str) -> bool:
-    bare = _strings_and_comments.sub("", line[:20_000])  # "/*/*/*…" takes quadratic time
-    return not _cjk.search(bare) and bool(_code_sign.search(bare) or _code_line.match(line))
-
-
-def prose(trigger: str) -> Callable:
-    """Make a rule for one line into a rule for a text: it is given the lines of prose that hold `trigger`."""
+def prose(trigger: str, foreign: bool = False) -> Callable:
+    """Make a rule for a line into one for a text: it gets the Chinese (or foreign) lines with `trigger`."""
     found = re.compile(trigger).search
 
     def decorate(rule: Callable[[str], str]) -> Callable[[str], str]:
@@ -99,8 +120,9 @@ def prose(trigger: str) -> Callable:
         def apply(text: str) -> str:
             if not found(text):
                 return text
-            pairs = zip(lines := text.split("\n"), prose_lines(lines))
-            return "\n".join(rule(line) if ours and found(line) else line for line, ours in pairs)
+            pairs = zip(lines := text.split("\n"), languages(lines))
+            ours = ("chinese", "foreign") if foreign else ("chinese",)
+            return "\n".join(rule(line) if its in ours and found(line) else line for line, its in pairs)
 
         return apply
 
@@ -135,54 +157,61 @@ def mojibake(text: str) -> str:
     return _latin.sub(repair, text)
 
 
-_lost = re.compile("\ufffd+|锟斤拷|烫烫烫+|屯屯屯+")  # signs of bytes that nobody can restore
-
-
-def replacement(text: str) -> str:
-    """Remove what stands for lost bytes; where there is much, the filter `damaged` drops the document."""
-    return re.sub("\ufffd+", "", text)
-
-
 _newline = re.compile("\r\n?|[\x0b\x0c\x85\u2028\u2029]")
 _odd_space = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
-_invisible = re.compile("[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]")
-_JOINED = "\u0600-\u0dff\u2600-\u27bf\ufe0f\U0001f000-\U0001faff"  # scripts and emoji that need joiners
+_invisible = re.compile(
+    "\x1b\\[[0-9;]*[A-Za-z]|[\0-\x08\x0e-\x1f\x7f-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f\ufeff]"
+)
+# scripts and emoji that need joiners
+_JOINED = "\u0590-\u1aff\u2190-\u21ff\u2600-\u27bf\u2b00-\u2bff\ufe0f\U0001f000-\U0001faff"
 _joiner = re.compile(f"(?<![{_JOINED}])[\u200c\u200d]+|[\u200c\u200d]+(?![{_JOINED}\u200c\u200d])")
 
 
 def control(text: str) -> str:
-    """Remove control, zero-width and direction characters; line ends and odd spaces become plain."""
+    """Remove control (and terminal colours), zero-width and direction characters; plain line ends, spaces."""
     return _joiner.sub("", _invisible.sub("", _odd_space.sub(" ", _newline.sub("\n", text))))
 
 
 # NFKC for these only: full-width letters, digits and signs, half-width kana and marks, radicals and
 # compatibility ideographs. All of NFKC would lose meaning: ² → 2, ① → 1, ½ → 1⁄2, ℃ → °C, ㎡ → m2, … → ...,
 # and would turn ，！？：；（） into ASCII. What is lost here: the full-width look, and which of the two code
-# points of a character (金 U+F90A, 金 U+91D1) the author used. ｀ stays: it could open a code fence.
-_wide = re.compile(
-    "`[^`]+`|[\uff02-\uff07\uff0a\uff0b\uff0d-\uff19\uff1c-\uff1e\uff20-\uff3f\uff41-\uff5d"
-    "\uff61-\uffdc\u2e80-\u2fdf\uf900-\ufaff\U0002f800-\U0002fa1f]+"
+# points of a character (金 U+F90A, 金 U+91D1) the author used. ｀ stays: it could open a code fence; and
+# ． and － between Han, where they are a full stop (or the dot in a name) and a dash.
+_WIDE = (
+    "\uff02-\uff07\uff0a\uff0b\uff0d-\uff19\uff1c-\uff1e\uff20-\uff3f\uff41-\uff5d\uff61-\uffdc"
+    "\u2e80-\u2fdf\uf900-\ufaff\U0002f800-\U0002fa1f"
 )
+_wide = re.compile(f"(?P<keep>`[^`]+`|(?<=[{HAN}])．|(?<=[{HAN}])－(?=[{HAN}])|(?<![ｦ-ﾝ])[ﾞﾟ])|[{_WIDE}]+")
 
 
-@prose("[\u2e80-\u2fdf\uf900-\ufaff\uff01-\uffdc\U0002f800-\U0002fa1f]")
+@prose(f"[{_WIDE}]", foreign=True)
 def fullwidth(line: str) -> str:
     """Write ＡＢＣ１２３％ as ABC123%, half-width ｶﾅ and ｡ as カナ and 。, radicals as characters."""
     line = re.sub("－{2,}", "——", line)  # typed for a dash
-    return _wide.sub(lambda m: m[0] if m[0][0] == "`" else unicodedata.normalize("NFKC", m[0]), line)
+    return _wide.sub(lambda m: m[0] if m["keep"] else unicodedata.normalize("NFKC", m[0]), line)
+
+
+def replacement(text: str) -> str:
+    """Remove U+FFFD in words, where bytes were lost; where many were, `damaged` drops the document."""
+    return re.sub(r"(?<=\w)\ufffd+|(?<!\ufffd)\ufffd+(?=\w)", "", text) if "\ufffd" in text else text
 
 
 _space = outside(
     r"[ \t\u3000]*(?P<mark>[，。！？；：、])[ \t\u3000]*|[ \t\u3000]+", lambda m: m["mark"] or " "
 )
-_indent = re.compile(r"[ \t]*(?=[-*+>#|]|\d+[.)])")  # of list items and other markup: it has a meaning
+_item = re.compile(r"[-*+>#|]|\d+[.)]")
+_ENDS = "。！？….!?．“”‘’「」『』〝〞\"'"  # of sentences, and what the other rules make of such
 
 
-@prose(r"[ \t\u3000]")
+@prose(r"[ \t\u3000]", foreign=True)
 def spaces(line: str) -> str:
-    """Put one space where there are several, none beside full-width marks and at the ends of a line."""
-    indent = _indent.match(line)
-    return (indent[0] if indent else "") + _space(line).strip(" ")
+    """Put one space where there are several, none beside full-width marks and at the ends of a line.
+
+    List items, other markup and what is no sentence keep their indent: it may be an outline.
+    """
+    body = line.strip(" \t\u3000")
+    indent = line[: line.find(body)] if _item.match(body) or body[-1:] not in _ENDS else ""
+    return ("" if "\u3000" in indent else indent) + _space(line).strip(" ")
 
 
 def _package(name: str, rule: str):
@@ -197,35 +226,46 @@ def _converter():
     return _package("opencc", "simplify").OpenCC("t2s")
 
 
-@prose(f"[{HAN}]")
-def simplify(line: str) -> str:
-    """Write Traditional characters as Simplified ones, word by word (乾隆 and 乾淨 differ); not in Japanese.
+_SIMPLIFIED_TOO = "乾瞭徵藉夥麽覆沈拚昇脩摺旂吒袷薹捱"
 
+
+def simplify(text: str) -> str:
+    """Write Traditional characters as Simplified ones, word by word (乾隆 and 乾淨 differ).
+
+    A line where only characters would change that are Simplified too, is Simplified: 旋乾转坤, 毕昇.
     Words stay as they are (軟體 → 软体, not 软件), and so does 著: 看著 means 看着, but 著作 is no 着作, and
     OpenCC's tw2s, which tries to tell them apart, makes 原著 and 专著 wrong.
     """
-    if re.search("[\u3041-\u30fa]", line):  # kana
-        return line
+    return text if _converter().convert(text) == text else _simplify_lines(text)  # most texts are Simplified
+
+
+@prose(f"[{HAN}]")
+def _simplify_lines(line: str) -> str:
     while (simple := _converter().convert(line)) != line:  # a new word may hold a word of the dictionary
-        if {a for a, b in zip(line, simple) if a != b} <= set("乾瞭徵藉夥麽"):  # a Simplified line: 旋乾转坤
+        # 殢 stays: few fonts and vocabularies have the forms beyond the basic plane; 一坏 is seldom 一坯
+        pairs = [(a, a if b > "\uffff" or a == "坏" else b) for a, b in zip(line, simple)]
+        changed = "".join(a for a, b in pairs if a != b)
+        if len(simple) != len(line) or not changed.strip(_SIMPLIFIED_TOO):
             break
-        line = simple
+        line = "".join(b for _, b in pairs)
     return line
 
 
 def _bracket_pair(m: re.Match) -> str:
-    left, inner, right = m["open"], m["inner"], m["close"]
-    before = m.string[m.start("open") - 1 : m.start("open")]
-    if left + right == "（）" or (left + right == "()" and re.match(r"[A-Za-z0-9_\]}]", before)):
+    left, inner, right = m["open"], _bracket(m["inner"]), m["close"]
+    before = m.string[max(m.start("open") - 1, 0) : m.start("open")]
+    if left + right == "()" and re.match(r"[A-Za-z0-9_\]}]", before):
         return m[0]  # f(甲), [甲](乙.png)
-    if _han.search(inner) or (left + right != "()" and _han.match(before)):
+    if left + right == "（）":
+        return m[0].replace(m["inner"], inner)  # with the spaces beside it
+    if _han.search(inner) or (_han.match(before) and (left + right != "()" or inner.isspace())):
         return f"（{inner}）"
     return m[0].replace("（", "(").replace("）", ")")
 
 
 _bracket = outside(  # with the spaces that a half-width pair has around it in Chinese
-    rf"(?:(?<=[{HAN}A-Za-z0-9”’）】》]) +)?(?P<open>[(（])(?P<inner>[^()（）]*)(?P<close>[)）])"
-    rf"(?: +(?=[{HAN}A-Za-z0-9“‘（【《，。！？；：、]))?",
+    rf"(?:(?<=[{HAN}A-Za-z0-9%”’）】》」』]) +)?(?P<open>[(（])(?P<inner>(?:[^()（）]|[(（][^()（）]*[)）])*)"
+    rf"(?P<close>[)）])(?: +(?=[{HAN}A-Za-z0-9“‘（【《「『，。！？；：、]))?",
     _bracket_pair,
 )
 
@@ -239,7 +279,8 @@ def brackets(line: str) -> str:
 _corner = str.maketrans("「」『』〝〞", "“”‘’“”")
 _corner_alone = str.maketrans("『』〝〞", "“”“”")  # on a line without 「」, 『』 are no inner quotes
 _straight, _double, _single = (  # the last: but not as in don't
-    re.compile(f"(?P<keep>{KEEP})|{signs}") for signs in ('"', '["“”]', "(?<![A-Za-z0-9])'|'(?![A-Za-z0-9])")
+    re.compile(f"(?P<keep>{KEEP})|{signs}")
+    for signs in ('"', '["“”]', "(?<![A-Za-z0-9])'(?!\\d)|'(?![A-Za-z0-9])")
 )
 
 
@@ -247,7 +288,10 @@ _straight, _double, _single = (  # the last: but not as in don't
 def quotes(line: str) -> str:
     """Write 「」, and " and ' around Chinese, as “…” and ‘…’; repair pairs like “…“ and “…"."""
     line = line.translate(_corner if "「" in line or "」" in line else _corner_alone)
-    line = _pair(_pair(line, _straight, "“”"), _single, "‘’")
+    if '"' in line:
+        line = _pair(line, _straight, "“”")
+    if "'" in line and "`" not in line:  # not `a' and `b', as in manuals
+        line = _pair(line, _single, "‘’")
     straight = line.count('"')
     if straight == 1 or (not straight and line.count("“") != line.count("”")):
         line = _pair(line, _double, "“”")
@@ -260,9 +304,14 @@ def _pair(line: str, signs: re.Pattern, pair: str) -> str:
     chars = list(line)
     for a, b in zip(places[::2], places[1::2]) if len(places) % 2 == 0 else ():
         before, after = line[a - 1 : a], line[b + 1 : b + 2]
-        chinese = _han.search(line, a, b) or (_han.match(before) and _han.match(after))
-        # ”…“ is the gap between two quotations; name="张三" and f("张三") are code, 15"屏幕 is a size
-        if chinese and line[a] + line[b] != "”“" and not re.match(r"[=(\[{0-9]", before):
+        beside = (
+            pair == "“”" and _han.match(before) and _han.match(after) and re.search("[A-Za-z0-9]", line[a:b])
+        )
+        # ”…“ is the gap between two quotations, and so is "…" inside “…”, or after one that is not closed;
+        # name="张三" is code, 15"屏幕 a size
+        inside = line[a] == line[b] == '"' and line.count("“", 0, a) != line.count("”", 0, a)
+        gap = line[a] + line[b] == "”“" or inside or re.match(r"[=(\[{0-9]", before)
+        if (beside or _han.search(line, a, b)) and not gap:
             chars[a], chars[b] = pair
     return "".join(chars)
 
@@ -270,38 +319,44 @@ def _pair(line: str, signs: re.Pattern, pair: str) -> str:
 _FULL = str.maketrans(",;:?!", "，；：？！")
 _LEFT = f"(?<=[{HAN}”’）】》])"  # what stands before a mark of a Chinese sentence
 _full = outside(
-    rf"{_LEFT}(?:[,;?!]|:(?![/\\)(]))(?!=)[?!]* *"  # 你好,world; not 好:) 坏!=好
+    # 你好,world; not 坏!=好 你好:-) [类型:] 在::http
+    rf"{_LEFT}(?:[,?!]|;(?!-?[)(])|:(?!-?[/\\)(DP](?![A-Za-z0-9])|[\]:]))(?!=)[?!]* *"
     rf"|{_LEFT} +[,;:?!](?: +|$|(?=[{HAN}]))"  # 你好 , 世界; not 选项 :wq
-    rf"|(?<=[A-Za-z0-9)\]%+#])[,;?!](?=[{HAN}])",  # Python,然后
+    rf"|(?<=[A-Za-z0-9)\]%℃+#])[,;?](?=[{HAN}])",  # Python,然后; not n!种
     lambda m: m[0].replace(" ", "").translate(_FULL),
 )
-_stop = outside(  # 今天很好. 明天见.; not 文件.txt 约翰.史密斯 一. 概述
-    rf"{_LEFT}(?<!^[一二三四五六七八九十])\.(?: +|$|(?=[”’）】]))", lambda m: "。"
+_label = re.compile(
+    "[ （(]*第?(?:[一二三四五六七八九十百]+|[甲乙丙丁戊己庚辛])[）)]?"
+)  # before the dot: 十一. 概述
+_stop = outside(  # 今天很好. 明天见.; not 文件.txt 约翰.史密斯
+    rf"{_LEFT}[.．](?: +|$|(?=[”’）】]))", lambda m: m[0] if _label.fullmatch(m.string[: m.start()]) else "。"
 )
-_digit_colon = re.compile(r"(?<=\d)：+(?=\d)")
+_clock = re.compile(r"(?<=\d\d)：+(?=[0-5]\d(?!\d))|(?<=[a-z])：(?=//)")
+_reference = re.compile(r"\[[A-Z]{1,2}(?:/OL)?\]|\(\d{4}[a-z]?\)\.")  # 张三. 书名[M]. 北京: 出版社
 
 
-@prose(r"[,;:?!.：]")
+@prose(r"[,;:?!.．：]")
 def punctuation(line: str) -> str:
-    """Write , ; : ? ! . after Chinese in full width; ： between digits in half width (12:30)."""
-    return _stop(_full(_digit_colon.sub(":", line)))
+    """Write , ; : ? ! . after Chinese in full width, ： in a time (12:30) in half width; not in citations."""
+    return line if _reference.search(line) else _stop(_full(_clock.sub(":", line)))
 
 
-def _shorten(m: re.Match) -> str:
-    if m[0][0] in "….—":
-        return "——" if m[0][0] == "—" else "……"
-    return "".join(dict.fromkeys(re.sub("[，、；]", "", m[0]))) or m[0][0]  # each end mark once, or the first
-
-
-_run = outside(
-    rf"…[.…]*|(?<=[{HAN}”’）】》])\.{{3,}}[.…]*|—{{3,}}|：{{2,}}|～{{2,}}|[。，、；！？]{{2,}}", _shorten
+# Of end marks each once (？！), of inner marks the first; then dashes and ellipses, but not 1，2，…，n
+# and [选项...].
+_marks = outside(
+    "[。，、；！？]{2,}|：{2,}|～{2,}",
+    lambda m: "".join(dict.fromkeys(re.sub("[，、；]", "", m[0]))) or m[0][0],
+)
+_dots = outside(
+    rf"(?<![,，、+])(?<![,，、+] )…[.…]*(?![.…\]])|{_LEFT}\.{{3,}}[.…]*(?![.…\]])|—{{3,}}",
+    lambda m: "——" if m[0][0] == "—" else "……",
 )
 
 
 @prose("[。，、；：！？～]{2}|…|—{3}|[.]{3}")
 def repeats(line: str) -> str:
     """Shorten runs of marks (？？！！ → ？！); an ellipsis is ……, a dash ——."""
-    return _run(line)
+    return _dots(_marks(line))
 
 
 # Whole lines only, and short: a sentence that mentions 版权所有者 or 责任编辑 stays.
@@ -312,7 +367,7 @@ _boilerplate = re.compile(
     | (?:责任编辑|责编) \s* ： .{0,20} | (?:上一篇|下一篇) \s* ： .{0,40} | (?:返回|回到) (?:顶部|首页|列表)
     | 分享(?:到|至) (?:微信|新浪微博|微博|朋友圈|QQ空间|QQ|人人网|豆瓣|[：、，|\s])*
     | (?:(?:打印本页|关闭窗口|加入收藏|设为首页) [\s|]*){2,}
-    | (?:微信)?扫一?扫.{0,12}二维码.{0,12} | (?:欢迎|请)?关注.{0,12}公众号.{0,12}
+    | (?:微信)?扫一?扫.{0,12}二维码[^的是就]{0,9} | (?:欢迎|请)(?:扫码)?关注.{0,12}公众号[^的是就]{0,12}
     | 未经.{0,10}(?:授权|许可|允许).{0,6}(?:不得|禁止|严禁).{0,6}转载.{0,6} ) [\s】）)\]>»|*。！…]*"""
 )
 
@@ -320,8 +375,10 @@ _boilerplate = re.compile(
 def boilerplate(text: str) -> str:
     """Remove lines that belong to a web page and not to its text: 点击查看更多, 责任编辑：…, 版权所有 ©…"""
     lines = text.split("\n")
-    junk = [ours and len(x) <= 80 and _boilerplate.fullmatch(x) for x, ours in zip(lines, prose_lines(lines))]
-    return "\n".join(line for line, bad in zip(lines, junk) if not bad) if any(junk) else text
+    junk = [len(line) <= 80 and _boilerplate.fullmatch(line) for line in lines]
+    if not any(junk):
+        return text
+    return "\n".join(x for x, bad, its in zip(lines, junk, languages(lines)) if not (bad and its))
 
 
 def blank_lines(text: str) -> str:
@@ -333,26 +390,33 @@ def blank_lines(text: str) -> str:
 
 
 _heading = re.compile(
-    r"\s*(?:[#|>*•·\-—–\[【《]|[（(]?[一二三四五六七八九十]+[）)、.\s]|[（(]?\d+[）)、.\s]"
+    r"[ \t]|(?:[#|│>*•·\-—–\[【《]|[（(]?[一二三四五六七八九十]+[）)、.\s]|[（(]?\d+[）)、.\s]"
     r"|第[\d一二三四五六七八九十百千零〇两]+[章节条回部篇卷编课集]|[^，。！？；：:]{1,8}[：:](?!//))"
 )
 _sentence_end = re.compile("[。！？…：；”）]$")
+# words that sentences have and titles seldom: 我们一起去公园; not 指纹阅读器和智能卡, 山园小梅二首其一林逋
+_telling = re.compile("[了是我你您他她它们这那没让把被就也很吗吧呢]")
+# what is broken off inside （ “ 《, or ends in a name: …。秦竹村
+_open_end = re.compile(rf"（[^）]*$|“[^”]*$|《[^》]*$|[。！？…][{HAN}]{{1,4}}$")
 
 
 def final_mark(text: str) -> str:
     """Close the text's last line with 。 if it ends in a Han character and is a sentence, no heading.
 
-    A sentence has a mark inside, or at least eight Han characters and no open line (another item) before it.
+    A sentence has a mark inside, or at least eight Han characters, one of them seldom found in titles, and no
+    open line (another item) before it.
     """
     lines = text.split("\n")
     last, before = lines[-1], next((x for x in lines[-2::-1] if x.strip()), "。")
-    if not _han.match(last[-1:]) or _heading.match(last) or not list(prose_lines(lines))[-1]:
+    if not _han.match(last[-1:]) or _heading.match(last) or _open_end.search(last):
         return text
-    item = len(_han.findall(last)) < 8 or not _sentence_end.search(before)
-    return text if item and not re.search("[，。！？；]", last) else text + "。"
+    long = len(_han.findall(last)) >= 8 and _telling.search(last) and _sentence_end.search(before)
+    if not (long or re.search("[，。！？；]", last)) or list(languages(lines))[-1] != "chinese":
+        return text
+    return text + "。"
 
 
-_rules = (mojibake, replacement, control, fullwidth, spaces, simplify, brackets, quotes, punctuation, repeats)
+_rules = (mojibake, control, fullwidth, replacement, spaces, simplify, brackets, quotes, punctuation, repeats)
 _rules += (boilerplate, blank_lines, final_mark)
 TEXT_RULES = {rule.__name__: rule for rule in _rules}
 
@@ -398,6 +462,8 @@ class Context:
 
 
 _han_run = re.compile(f"[{HAN}]+")
+# signs of bytes that nobody can restore; “锟斤拷” in quotation marks is a text about them
+_lost = re.compile('\ufffd+|锟斤拷(?<![“「『"]锟斤拷)|烫{5,}|屯{5,}')
 _plain = re.compile(r"[\s，。！？；：、“”‘’（）《》…—·,.!?;:'\"()\-]+")
 
 
@@ -426,8 +492,8 @@ def symbol_share(raw: str, text: str, context: Context) -> bool:
 
 
 def repeated_lines(raw: str, text: str, context: Context) -> bool:
-    """Too much of the text is lines that stood there before."""
-    counts = Counter(line for line in text.split("\n") if line.strip())
+    """Too much of the text is lines (with a letter or digit) that stood there before."""
+    counts = Counter(line for line in text.split("\n") if re.search(r"\w", line))
     again = sum((n - 1) * len(line) for line, n in counts.items())
     return again > context.config.max_repeats * sum(n * len(line) for line, n in counts.items())
 
