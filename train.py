@@ -12,6 +12,7 @@ trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 agree
     python train.py --init out/run --data out/shards --out out/run2         # takes weights, starts afresh
     python train.py --data out/zh:0.7,out/en:0.3 --out out/run3             # shares of the trained tokens
     python train.py --data out/zh,out/en --mixture mix.json --out out/run4  # {"zh": 0.7, "en": 0.3}, editable
+    python train.py --data out/shards --out out/run5 --buckets 128,256,512  # rows of several lengths
 
 A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
 (a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
@@ -109,7 +110,9 @@ class TrainConfig(FitConfig):
     vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
     hidden_size: int = 0  # changes the preset; 0: as it is
     num_hidden_layers: int = 0  # changes the preset; 0: as it is
+    only: str = ""  # train these parameters alone: "embed_tokens,lm_head" after a vocabulary has grown
     row_tokens: int = 0  # tokens of a training row; 0: the model's context
+    buckets: str = ""  # several lengths of rows, "2048,4096,8192,16384": each step's rows have one of them
     epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
     steps: int = 0  # optimizer steps
     tokens: float = 0  # positions of rows to go through, for example 2e7; the log counts trained tokens
@@ -171,7 +174,7 @@ def fit(
     identity: dict,
     settings: dict | None = None,
     tokenizer: Tokenizer | None = None,
-    flops: float = 0.0,
+    flops: Callable[[dict], float] | None = None,
     first_loss: float = 0.0,
 ) -> int:
     """Train a parallelized, initialised model for `steps` optimizer steps; return the process's exit code.
@@ -184,7 +187,7 @@ def fit(
                 `batches` is saved with the step, so a resumed run has it too; returns what to log, or {}
     identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
     settings    JSON for run.json, written once it is sure that the run can start or go on
-    flops       floating-point operations per trained token, for MFU
+    flops       micro-batch -> floating-point operations per trained token of it, for MFU
     first_loss  what the first step should show (ln V for fresh weights), 0 if unknown
 
     ValueError: a non-finite loss or gradient (nothing is updated, the last saved step is intact), a full
@@ -245,7 +248,7 @@ def fit(
         means = {name: s / max(1.0, n) for name, (s, n) in sums.items() if name != "stop"}
         seconds = time.perf_counter() - clock
         speed = count / seconds
-        mfu = {"mfu": speed * flops / peak.flops} if flops else {}
+        mfu = {"mfu": speed * flops(batch) / peak.flops} if flops else {}  # all of a step's are alike
         memory = common.peak_memory(process.device)
         log.step(step, {**means, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds,
                         "tokens_per_second": speed, **mfu, "memory_bytes": memory})  # fmt: skip
@@ -396,9 +399,9 @@ class RunLog:
 
 
 def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum the nll of all trained tokens of a batch."""
+    """Sum the nll of all trained tokens of a batch; log how long its rows are."""
     nll = model(batch["ids"], batch["targets"], doc_ids=batch["doc_ids"])
-    return nll.sum(), (batch["targets"] != IGNORE).sum(), {}
+    return nll.sum(), (batch["targets"] != IGNORE).sum(), {"row_tokens": (batch["ids"].shape[1], 1)}
 
 
 @torch.no_grad()
@@ -548,9 +551,50 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=vocab, **change)
 
 
+def freeze(model: nn.Module, only: str) -> None:
+    """Let those parameters alone train whose name holds one of the words; no words: all.
+
+    A tied head is the embedding under a second name. ValueError for a word that is in no name.
+    """
+    words = [word.strip() for word in only.split(",") if word.strip()]
+    named = list(model.named_parameters(remove_duplicate=False))
+    for word in words:
+        if not any(word in name for name, _ in named):
+            some = ", ".join(name for name, _ in named[:12])
+            raise ValueError(f"--only {word}: in no parameter's name; there are {some}, …")
+    chosen = {p for name, p in named if any(word in name for word in words)}
+    for _, p in named:
+        p.requires_grad_(not words or p in chosen)
+
+
+def row_lengths(cfg: TrainConfig, config: ModelConfig) -> list[int]:
+    """Give the lengths of rows, the shortest first: --buckets, --row_tokens or the model's context."""
+    context = config.max_position_embeddings
+    if cfg.buckets and cfg.row_tokens:
+        raise ValueError("--buckets and --row_tokens exclude each other; leave out one")
+    if not cfg.buckets:
+        flag, lengths = f"--row_tokens {cfg.row_tokens}", [cfg.row_tokens or context]
+    else:
+        flag = f"--buckets {cfg.buckets}"
+        try:
+            lengths = [int(word) for word in cfg.buckets.split(",")]
+        except ValueError:
+            raise ValueError(f"{flag}: expected lengths of rows, as in 2048,4096,8192,16384") from None
+        if lengths[0] < 1 or any(b <= a for a, b in zip(lengths, lengths[1:], strict=False)):
+            raise ValueError(f"{flag}: every length must be greater than the one before it, the first than 0")
+        if odd := [n for n in lengths if lengths[-1] % n]:  # all steps have the same tokens, in whole rows
+            raise ValueError(f"{flag}: {odd[0]} does not divide {lengths[-1]}; take parts of the longest")
+    if lengths[-1] > context and config.switches.rope:
+        raise ValueError(f"{flag} exceeds the model's context of {context}")
+    return lengths
+
+
 @dataclass
 class Plan:
-    """What follows from the settings: how a step is cut, and how many steps there are."""
+    """What follows from the settings: how a step is cut, and how many steps there are.
+
+    Where rows have several lengths, these are the longest rows; shorter ones make the same tokens.
+    """
 
     row_tokens: int
     rows_per_step: int
@@ -560,11 +604,7 @@ class Plan:
 
 def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> Plan:
     """Derive rows, micro-batches and steps; ValueError where the settings cannot be met."""
-    row = cfg.row_tokens or config.max_position_embeddings
-    if row > config.max_position_embeddings and config.switches.rope:
-        raise ValueError(
-            f"--row_tokens {row} exceeds the model's context of {config.max_position_embeddings}"
-        )
+    row = row_lengths(cfg, config)[-1]
     rows = cfg.tokens_per_step // row
     if rows < world or rows % world:
         fit_ = max(1, round(rows / world)) * world * row
@@ -583,7 +623,12 @@ def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> P
 
 
 def describe(
-    config: ModelConfig, p: Plan, shards: Shards, process: common.Process, weights: dict | None = None
+    config: ModelConfig,
+    p: Plan,
+    lengths: list[int],
+    shards: Shards,
+    process: common.Process,
+    weights: dict | None = None,
 ) -> None:
     """Print what is about to happen, before anything does."""
     n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
@@ -603,10 +648,12 @@ def describe(
         passes = {name: w * tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
         print(f"mixture: {', '.join(f'{n} {w:.1%} ({passes[n]:.2f} epochs)' for n, w in weights.items())}")
     print(f"memory: {16 * n / 1e9:.2f} GB a rank for weights, gradients and moments, before activations")
-    print(f"a step: {process.world} ranks x {accumulation} micro-batches x {p.micro_rows} rows")
+    cuts = (f"{p.micro_rows * p.row_tokens // n} rows{f' x {n}' if lengths[1:] else ''}" for n in lengths)
+    print(f"a step: {process.world} ranks x {accumulation} micro-batches x {' or '.join(cuts)}")
     matrices = flops_per_token(config, 0) / 6
     print(f"FLOPs: 6 x {common.human(matrices)} parameters in products + 6 x layers x width x row", end=" ")
-    print(f"= {common.human(flops)} per token, {flops * tokens:.3g} in all")
+    most = "at most " if lengths[1:] else ""  # in the longest rows
+    print(f"= {most}{common.human(flops)} per token, {flops * tokens:.3g} in all")
 
 
 def main(cfg: TrainConfig) -> None:
@@ -623,14 +670,16 @@ def main(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(folders[0])
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
-    p = plan(cfg, config, shards, process.world)
+    p, lengths = plan(cfg, config, shards, process.world), row_lengths(cfg, config)
     weights = starting_weights(cfg, shards, typed)
     if process.first:
-        describe(config, p, shards, process, None if cfg.resume else weights)
+        describe(config, p, lengths, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
 
-    model = parallelize(build(config, device="meta"), process, cfg.compile)
+    model = build(config, device="meta")
+    freeze(model, cfg.only)
+    model = parallelize(model, process, cfg.compile)
     unwrap(model).known_vocab = tokenizer.vocab_size
     if not checkpoint.saved_steps(run):  # else `fit` restores them
         if cfg.init:
@@ -638,9 +687,9 @@ def main(cfg: TrainConfig) -> None:
         else:
             init_weights(unwrap(model), cfg.seed)
     if weights:
-        stream = Mixture(shards, p.row_tokens, cfg.seed, weights)
+        stream = Mixture(shards, lengths, cfg.seed, weights)
     else:
-        stream = RowStream(shards, p.row_tokens, cfg.seed)
+        stream = RowStream(shards, lengths, cfg.seed)
     refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
     if refresh and not checkpoint.saved_steps(run):
         refresh()  # every rank has read the file by itself; now all take what rank 0 read
@@ -657,14 +706,15 @@ def main(cfg: TrainConfig) -> None:
         identity={
             "data": shards.fingerprint,
             "model": dataclasses.asdict(config),
-            "row_tokens": p.row_tokens,
+            "row_tokens": lengths,
             "rows_per_step": p.rows_per_step,
             "seed": cfg.seed,
+            "only": cfg.only,
             "mixture": list(weights) if cfg.mixture else weights,  # a file's weights may change
         },
         settings=settings,
         tokenizer=tokenizer,
-        flops=flops_per_token(config, p.row_tokens),
+        flops=lambda batch: flops_per_token(config, batch["ids"].shape[1]),
         first_loss=0.0 if cfg.init else math.log(config.vocab_size),
     )
     common.finish_process(code)
@@ -679,8 +729,9 @@ def _saved_settings(cfg: TrainConfig) -> TrainConfig:
     flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
     words = {flag.lstrip("-").replace("-", "_").removeprefix("no_") for flag in flags}
     typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
-    if "steps" in typed or "tokens" in typed:  # one replaces the other
-        saved |= {"steps": 0, "tokens": 0}
+    for either in ({"steps": 0, "tokens": 0}, {"row_tokens": 0, "buckets": ""}):
+        if typed.keys() & either.keys():  # one replaces the other
+            saved |= either
     return TrainConfig(**{**saved, **typed, "out": cfg.out, "resume": True})
 
 

@@ -241,6 +241,15 @@ def test_padding_is_below_2_percent_on_realistic_lengths(tmp_path, row, kind):
     assert stream.tokens == sum(n for pieces in rows for _, _, n in pieces)
 
 
+def test_tiny_documents_fill_a_long_row(tmp_path):
+    """WAITING of them would fill a quarter of it."""
+    rng = random.Random(0)
+    stream = data.RowStream(
+        numbered(tmp_path / "s", [rng.randint(5, 30) for _ in range(6000)]), 16384, seed=0
+    )
+    assert all(sum(n for _, _, n in next(stream)) > 0.98 * 16384 for _ in range(40))
+
+
 # --- 2. order, seeds, resuming, ranks -------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -239,6 +240,22 @@ def test_validation_loss_and_bits_per_byte_are_those_of_a_plain_sum(finished, sh
             count += piece.shape[1] - 1
     assert logged["val_loss"] == pytest.approx(nats / count, rel=1e-4)
     assert logged["val_bits_per_byte"] == pytest.approx(nats / math.log(2) / val.bytes, rel=1e-4)
+
+
+def test_only_the_named_parameters_train_and_the_run_resumes(shards, finished, tmp_path):
+    """The first stage after a vocabulary has grown: embedding and head learn, all else keeps its bits."""
+    flags = ("--init", str(finished[0]), "--only", "embed_tokens,lm_head", "--save_dtype", "float32")
+    for name in ("whole", "cut"):
+        run(shards, tmp_path / name, *flags)
+    shutil.rmtree(tmp_path / "cut" / "step_0000012")
+    run(shards, tmp_path / "cut", *flags, "--resume")
+    assert state_digest(tmp_path / "whole") == state_digest(tmp_path / "cut")
+    before = checkpoint.load_model(finished[0], torch.float32).state_dict()
+    after = checkpoint.load_model(tmp_path / "whole").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"embed_tokens.weight", "lm_head.weight"} & before.keys()
+    done = run(shards, tmp_path / "no", "--only", "embedding", expect=2)
+    assert "--only embedding: in no parameter's name" in done.stderr
 
 
 def test_a_saved_step_is_a_model_folder_with_its_tokenizer(finished):
