@@ -18,25 +18,32 @@ be seen is whole. Rank r of W owns rows [r·k, (r+1)·k) of each tensor, k = ⌈
 FSDP2 cut dimension 0), whatever the kind of parallelism: another number of ranks reads the same files.
 
 No file is ever unpickled: weights only from safetensors, the rest from JSON.
+
+    python checkpoint.py resize out/run --tokenizer out/tok2 --out out/wider    # rows for more tokens
+    python checkpoint.py check out/run                                          # is every saved step whole?
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tyro.conf import Positional
 
 import common
 from model import FAMILIES, Model, ModelConfig, build
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -645,3 +652,130 @@ def prune(run: Path, keep: int) -> None:
 def fingerprint(value) -> str:
     """SHA-256 of a JSON value, to compare configurations."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# --- 6. rows for an extended vocabulary ---------------------------------------------------------------------
+
+VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # what has a row per token
+
+
+def new_rows(old: Tokenizer, new: Tokenizer, used: int) -> dict[int, list[int]]:
+    """Map each token without a row among the first `used` to the ids into which the old tokenizer cuts it.
+
+    [] where it cannot spell it. ValueError names the first old id that means something else now.
+    """
+
+    def spelt(tokenizer: Tokenizer, i: int) -> bytes | None:
+        """What a token stands for, a special one for the letters of its name; None: a hole, for nothing."""
+        if i >= tokenizer.vocab_size or tokenizer.token_kind(i) == "hole":
+            return None
+        return tokenizer.backend.token_bytes[i] or tokenizer.backend.texts[i].encode()
+
+    parts = {}
+    for i in range(max(old.vocab_size, new.vocab_size)):
+        before, now = spelt(old, i), spelt(new, i)
+        if before is not None and before != now:
+            now = "nothing" if now is None else repr(now.decode(errors="replace"))
+            raise ValueError(
+                f"the new tokenizer is no extension of the old one: id {i} was "
+                f"{before.decode(errors='replace')!r} and is {now}; make it with tokenizer.py extend"
+            )
+        if now is not None and (before is None or i >= used):
+            parts[i] = [p for p in old.encode_bytes(now) if p < used and p != old.unk_id]
+    return parts
+
+
+@torch.no_grad()
+def resize_model(
+    model: Model, old: Tokenizer, new: Tokenizer, multiple: int = 64, shrink: bool = False
+) -> Model:
+    """Give a model with a row for every token of `new`, which extends `old`; their number is a multiple.
+
+    A new token's row is the mean of the rows of the old tokens that spell it, in the embedding, the head and
+    the head's bias: the model goes on reading and writing about what it did (Hewitt 2021, "Initializing new
+    word embeddings"). Where no old tokens spell it, and in padding rows, it is the mean of all old tokens'
+    rows: the logit of a zero row, 0, can exceed all others; that of the mean row never exceeds the largest.
+    Old rows keep their bits, padding rows too; all other tensors are shared with `model`.
+
+    ValueError: `new` does not extend `old`; the table would become smaller, and not `shrink`.
+    """
+    height = model.config.vocab_size
+    used = min(height, old.vocab_size)
+    if multiple < 1:
+        raise ValueError("--multiple must be 1 or more")
+    size = -(-new.vocab_size // multiple) * multiple
+    parts = new_rows(old, new, used)
+    if size < height and not shrink:
+        raise ValueError(
+            f"the table has {height} rows, and {new.vocab_size} tokens need only {size}; --shrink drops the "
+            "rest, which no token uses; or round up with a larger --multiple"
+        )
+
+    def resized(table: torch.Tensor) -> torch.Tensor:
+        """(height, ...) -> (size, ...); the means in fp64, a block at a time."""
+        mean = sum(block.double().sum(0) for block in table[:used].split(4096)) / used
+        out = table.new_empty(size, *table.shape[1:])
+        out[:height] = table[:size]
+        out[height:] = mean.to(out.dtype)
+        for i, ids in parts.items():
+            out[i] = table[ids].double().mean(0) if ids else mean
+        return out
+
+    ids = {f"{k}_token_id": getattr(new, f"{k}_id") for k in ("bos", "eos", "pad")}
+    ids = {key: i for key, i in ids.items() if i is not None}
+    if ids.get("eos_token_id") in model.config.eos_ids:
+        del ids["eos_token_id"]  # it may be one of several
+    made = build(dataclasses.replace(model.config, vocab_size=size, **ids), "meta")
+    tensors = {n: resized(p) if n in VOCABULARY else p for n, p in parameters(model).items()}
+    if "lm_head.weight" in made.state_dict():
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])  # tied: named once only
+    made.load_state_dict(tensors, assign=True)
+    made.tie()
+    made.compute_dtype, made.known_vocab = model.compute_dtype, new.vocab_size
+    return made.train(model.training)
+
+
+@dataclass
+class Resize:
+    folder: Positional[str]  # a model folder or a run, with its tokenizer
+    tokenizer: str  # the tokenizer that extends it
+    out: str  # model folder to write, with that tokenizer
+    old_tokenizer: str = ""  # the tokenizer that FOLDER was trained with, where FOLDER holds none
+    multiple: int = 64  # round the number of rows up to a multiple: matrix products are faster, ranks share
+    shrink: bool = False  # drop rows that no token uses
+    save_dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # of the new folder; empty: as it was
+
+
+def resize(config: Resize) -> None:
+    """Give a model rows for an extended tokenizer: each new one is the mean of the tokens that spelt it."""
+    folder = model_folder(config.folder)
+    old, new = load_tokenizer(config.old_tokenizer or folder), load_tokenizer(config.tokenizer)
+    model = load_model(folder)
+    made = resize_model(model, old, new, config.multiple, config.shrink)
+    save_model(made, config.out, new, DTYPES.get(config.save_dtype))
+    used = min(old.vocab_size, model.config.vocab_size)
+    print(
+        f"{config.out}: {model.config.vocab_size} -> {made.config.vocab_size} rows, "
+        f"{new.vocab_size - used} for new tokens, {made.config.vocab_size - new.vocab_size} of padding"
+    )
+
+
+@dataclass
+class Check:
+    run: Positional[str]  # folder of a run
+
+
+def check(config: Check) -> None:
+    """Compare every file of a run's saved steps with the digests in its manifest."""
+    steps = saved_steps(Path(config.run))
+    if not steps:
+        raise ValueError(f"{config.run}: no saved step here")
+    found = {folder: damage(folder) for folder in steps}
+    for folder, what in found.items():
+        print(f"{folder}: {what or 'whole'}")
+    if any(found.values()):
+        raise ValueError(f"{config.run}: not every step is whole; --resume takes the newest that is")
+
+
+if __name__ == "__main__":
+    common.run(resize, check, doc=__doc__)

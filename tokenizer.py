@@ -1,4 +1,4 @@
-"""Text to token ids and back: train a vocabulary, load one, stream its output, look inside it.
+"""Text to token ids and back: train a vocabulary, extend one, load one, stream its output, look inside it.
 
 A model reads integers. A tokenizer cuts text into pieces of a fixed vocabulary and numbers them. Four kinds:
 `bpe` joins the most frequent pair of neighbours again and again; `unigram` starts with too many pieces and
@@ -17,6 +17,7 @@ puts a space in front of every text (dummy prefix) puts one at the seam as well.
     python tokenizer.py train corpus.jsonl --vocab_size 8192 --out out/tok
     python tokenizer.py train zh/ en.txt.gz --kind unigram --specials "<|user|>,<|assistant|>" --out out/tok
     python tokenizer.py train zh/ --kind bytebpe --vocab_size 32000 --out out/tok
+    python tokenizer.py extend out/tok new.jsonl --vocab_size 10000 --specials "<|tool|>" --out out/tok2
     python tokenizer.py stats out/tok corpus.jsonl
     python tokenizer.py dump out/tok --out out/vocabulary.tsv
 
@@ -103,6 +104,17 @@ def proto_fields(data: bytes) -> Iterator[tuple[int, int | bytes, bytes]]:
         yield key >> 3, value, data[start:at]
 
 
+def proto_field(number: int, value: int | bytes) -> bytes:
+    """Write one field of a protocol buffer message: an integer, or a string or message with its length."""
+
+    def written(n: int) -> bytes:
+        return bytes([n]) if n < 128 else bytes([n & 0x7F | 0x80]) + written(n >> 7)
+
+    if isinstance(value, int):
+        return written(number << 3) + written(value)
+    return written(number << 3 | 2) + written(len(value)) + value
+
+
 @dataclass
 class ModelFile:
     """What a .model file says: pieces (id = place in the list) and the settings that we need."""
@@ -164,12 +176,28 @@ class ModelFile:
             if number == 1:
                 if piece in changed:
                     body = b"".join(r for n, _, r in proto_fields(message) if n != 3)
-                    body += bytes([3 << 3, CONTROL])
-                    size = [len(body)] if len(body) < 128 else [len(body) & 127 | 128, len(body) >> 7]
-                    raw = bytes([1 << 3 | 2, *size]) + body
+                    raw = proto_field(1, body + proto_field(3, CONTROL))
                 piece += 1
             fields.append(raw)
         self.data = b"".join(fields) or self.data
+
+    def append(self, pieces: list[tuple[str, float, int]]) -> bytes:
+        """Give the bytes of this model with further pieces (text, score, type) at the end."""
+        data = self.with_settings(2, {4: len(self.texts) + len(pieces)})  # trainer_spec.vocab_size
+        for text, score, kind in pieces:
+            score_field = bytes([2 << 3 | 5]) + struct.pack("<f", score)
+            data += proto_field(1, proto_field(1, text.encode()) + score_field + proto_field(3, kind))
+        return data
+
+    def with_settings(self, spec: int, values: dict[int, int]) -> bytes:
+        """Give the bytes of this model with other integers in trainer_spec (2) or normalizer_spec (3)."""
+        fields = []
+        for number, message, raw in proto_fields(self.data):
+            if number == spec:
+                rest = b"".join(r for n, _, r in proto_fields(message) if n not in values)
+                raw = proto_field(spec, rest + b"".join(proto_field(n, v) for n, v in values.items()))
+            fields.append(raw)
+        return b"".join(fields)
 
 
 # --- 2. inside a tokenizer.json -----------------------------------------------------------------------------
@@ -224,6 +252,10 @@ def normalizing(spec: dict, where: str) -> Callable[[str], str]:
 
 def cut(pattern, text: str, gaps: bool = True) -> list[str]:
     """Cut text at the matches of a pattern: each is a piece, and what lies between two, unless gaps=False."""
+    if not pattern.groups:  # the common case, three times as fast: the matches are all of the text
+        pieces = list(filter(None, pattern.findall(text)))
+        if not gaps or sum(map(len, pieces)) == len(text):
+            return pieces
     pieces, at = [], 0
     for match in pattern.finditer(text):
         start, end = match.span()
@@ -360,6 +392,21 @@ class SentencePieceBackend:
             raise
         return first + [i for part in others for i in self.space_in_bytes + part]
 
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Encode what stands inside a text; [] for bytes that are no characters (see Tokenizer)."""
+        try:
+            return self.inside.encode(data.decode())
+        except UnicodeDecodeError:
+            return [i for i, kind in enumerate(self.types) if kind == BYTE and self.token_bytes[i] == data]
+
+    @functools.cached_property
+    def inside(self):
+        """The same model, but it puts no space in front and removes none."""
+        import sentencepiece
+
+        file = ModelFile.parse(self.processor.serialized_model_proto(), "the model")
+        return sentencepiece.SentencePieceProcessor(model_proto=file.with_settings(3, {3: 0, 4: 0}))
+
 
 @functools.cache
 def announce(message: str) -> None:
@@ -400,7 +447,8 @@ class BpeBackend:
         self.whole_pieces = model.get("ignore_merges")  # a piece that is a token is not looked into
         self.find_added(spec.get("added_tokens", []), where)
         self.read_decoder(file)
-        self.cached = functools.lru_cache(maxsize=1 << 16)(self.encode_piece)
+        cache = functools.lru_cache(maxsize=1 << 16)  # for short pieces: they come again and again
+        self.cached, self.cached_splitters = cache(self.encode_piece), list(map(cache, self.splitters))
         self.tiktoken = self.byte_level and self.load_tiktoken()
 
     def find_added(self, added: list[dict], where: str) -> None:
@@ -465,12 +513,37 @@ class BpeBackend:
         ids = [*(self.id_of.get(letter) for letter in LETTER.values()), *made]
         same = None not in ids and made == sorted(set(made))
         same = same and (not self.whole_pieces or set(ids) >= set(self.id_of.values()))
-        # tiktoken takes a piece that is a token whole: merging must come to the same
-        if not same or any(self.merge(self.symbols(self.token_bytes[i])) != [i] for i in made):
+        if not same or not self.made_whole():
             announce("the merges of this tokenizer are not in the order of its ids: encoding in pure Python")
             return None
         ranks = {self.token_bytes[i]: i for i in ids}
-        return tiktoken.Encoding("baizhi", pat_str="(?s:.+)", mergeable_ranks=ranks, special_tokens={})
+        # NUL parts the pieces: what no pattern matches is left out
+        return tiktoken.Encoding("baizhi", pat_str=r"[^\x00]+", mergeable_ranks=ranks, special_tokens={})
+
+    def made_whole(self) -> bool:
+        """Whether merging the bytes of every token gives that token: tiktoken takes such a piece whole.
+
+        Merging goes through the ranks in ascending order. It goes wrong where a part x of the left half and
+        a part y of the right one meet at the seam and are joined before either is taken up by its own half.
+        Such parts are the half itself, its own half at the seam, and so on down to one byte.
+        """
+        birth = {made: (rank, pair) for pair, (rank, made) in self.ranks.items()}
+
+        def at_seam(i: int, side: int, rank: int) -> list[tuple[int, int]]:
+            parts = [(i, rank)]  # and the rank at which it is taken up
+            while i in birth:
+                rank, i = birth[i][0], birth[i][1][side]
+                parts.append((i, rank))
+            return parts
+
+        for (left, right), (rank, _) in self.ranks.items():
+            if any(birth[half][0] > rank for half in (left, right) if half in birth):
+                return False  # a half that comes after the whole: the ranks are of another kind
+            for (x, until), (y, other) in itertools.product(at_seam(left, 1, rank), at_seam(right, 0, rank)):
+                seam = self.ranks.get((x, y), (rank, 0))[0]
+                if seam < until and seam <= other:  # of equal pairs, as in aaa, the leftmost is joined
+                    return False
+        return True
 
     def normalize(self, text: str) -> str:
         """Apply the normalizers, one after the other."""
@@ -490,21 +563,25 @@ class BpeBackend:
                 if m % 2:
                     ids.append(self.added_id[section])
                     continue
-                for piece in self.pieces(section, n == m == 0):
+                pieces = self.pieces(section, n == m == 0)
+                if self.tiktoken and "\0" not in section:  # one call for all: a call costs as much as a piece
+                    ids += self.tiktoken.encode_ordinary("\0".join(pieces))
+                    continue
+                for piece in pieces:
                     ids += self.cached(piece) if len(piece) < 64 else self.encode_piece(piece)
         return ids
 
     def pieces(self, text: str, first: bool = True) -> list[str]:
         """Apply the splitters, one after the other, each to every piece of the one before."""
         pieces = [text] if text else []
-        for split in self.splitters:
-            pieces = [q for n, piece in enumerate(pieces) for q in split(piece, first and n == 0)]
+        for split, again in zip(self.splitters, self.cached_splitters):
+            begin = split(pieces[0], first) if pieces else []
+            rest = ((again if len(piece) < 64 else split)(piece, False) for piece in pieces[1:])
+            pieces = [*begin, *itertools.chain.from_iterable(rest)]
         return pieces
 
     def encode_piece(self, piece: str) -> list[int]:
         """Encode what the splitters left in one piece."""
-        if self.tiktoken and len(piece) < 1000:  # its time grows with the square of this
-            return self.tiktoken.encode_ordinary(piece)
         data = piece.encode() if self.byte_level else piece
         name = "".join(LETTER[b] for b in data) if self.byte_level else piece
         if self.whole_pieces and name in self.id_of:
@@ -525,6 +602,14 @@ class BpeBackend:
             if spelt != [self.unk] or not (self.fuse_unk and ids[-1:] == spelt):
                 ids += spelt
         return ids
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Encode what stands inside a text; [] for what the vocabulary cannot spell (see Tokenizer)."""
+        try:
+            piece = data if self.byte_level else data.decode().replace(" ", SPACE)
+            return self.merge(self.symbols(piece))
+        except ValueError:
+            return [] if len(data) > 1 else [i for i, b in enumerate(self.token_bytes) if b == data]
 
     def merge(self, ids: list[int]) -> list[int]:
         """Join neighbours, the pair of lowest rank first and of equal ones the leftmost, until none joins.
@@ -580,6 +665,13 @@ class Tokenizer:
         ValueError for a lone surrogate (half of a UTF-16 pair), which is no Unicode text.
         """
         return self.backend.encode(text)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Encode UTF-8, or a part of a character, as inside a text: cut nowhere, no space put in front.
+
+        [] where the vocabulary cannot spell it.
+        """
+        return self.backend.encode_bytes(data)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Encode the beginning of a document: bos (where the model uses one) + text."""
@@ -721,6 +813,9 @@ def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
 
 # --- 6. the folder that transformers reads ------------------------------------------------------------------
 
+# how the JSON files describe a special token
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+
 
 def folder_files(model: bytes, add_bos: bool) -> dict[str, bytes]:
     """Describe a trained .model for transformers and tokenizers: file name -> content.
@@ -752,7 +847,6 @@ def folder_files(model: bytes, add_bos: bool) -> dict[str, bytes]:
 
 def describe(specials: dict[int, str], python_class: str, add_bos: bool, fast: dict) -> dict[str, bytes]:
     """Write tokenizer.json from its components `fast`, and the two files beside it: name -> content."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     bos = BASE_SPECIALS["bos"]
     named = {f"{k}_token": text for k, text in BASE_SPECIALS.items() if text in specials.values()}
     more = [text for text in specials.values() if text not in named.values()]
@@ -762,14 +856,14 @@ def describe(specials: dict[int, str], python_class: str, add_bos: bool, fast: d
     config |= {
         "tokenizer_class": python_class,
         "add_bos_token": add_bos,
-        "added_tokens_decoder": {str(i): {"content": text, **flags} for i, text in specials.items()},
+        "added_tokens_decoder": {str(i): {"content": text, **FLAGS} for i, text in specials.items()},
     }
     start = [{"SpecialToken": {"id": bos, "type_id": 0}}] if add_bos else []
     first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     ids = [i for i, text in specials.items() if text == bos]
     fast = {
         "version": "1.0",
-        "added_tokens": [{"id": i, "content": text, **flags} for i, text in specials.items()],
+        "added_tokens": [{"id": i, "content": text, **FLAGS} for i, text in specials.items()],
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [*start, first],
@@ -788,10 +882,14 @@ def fast_model(file: ModelFile) -> dict:
     if file.kind == "unigram":
         vocab = list(zip(file.texts, file.scores))
         return {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": file.byte_fallback}
-    # SentencePiece joins any two neighbours whose union is a piece, the piece of best score (smallest id)
-    # first. A list of merges ranks each pair: by the union's id, then as transformers orders a .model's.
+    # SentencePiece joins any two neighbours whose union is a piece, the piece of best score first: in
+    # ours the smallest id. A list of merges ranks each pair: by its union, then as transformers orders them.
     id_of = {text: i for i, text in enumerate(file.texts) if file.types[i] == NORMAL}
-    halves = ((i, cut, text[:cut], text[cut:]) for text, i in id_of.items() for cut in range(1, len(text)))
+    halves = (
+        (-file.scores[i], i, text[:cut], text[cut:])
+        for text, i in id_of.items()
+        for cut in range(1, len(text))
+    )
     merges = sorted(half for half in halves if half[2] in id_of and half[3] in id_of)
     return {
         "type": "BPE",
@@ -827,12 +925,12 @@ def training_lines(text: str) -> Iterator[str]:
             yield line[start:]
 
 
-def check_specials(specials: list[str]) -> None:
+def check_specials(specials: list[str], present: Iterable[str] = tuple(BASE_SPECIALS.values())) -> None:
     """Refuse user-defined special tokens that collide; ValueError says which."""
     for n, text in enumerate(specials):
         if text in specials[:n]:
             raise ValueError(f"--specials: {text!r} is given twice")
-        if text in BASE_SPECIALS.values() or re.fullmatch("<0x[0-9A-F]{2}>", text):
+        if text in present or re.fullmatch("<0x[0-9A-F]{2}>", text):
             raise ValueError(f"--specials: {text!r} is in every vocabulary already")
         if len(text) < 2 or re.search(rf"[\s{SPACE}]", text):
             raise ValueError(f"--specials: {text!r} must have two characters or more, and no space")
@@ -889,6 +987,7 @@ def train_model(lines: Iterable[str], vocab_size: int, specials: Iterable[str] =
 
 BLOCK = 10_000  # characters: what is cut into pre-tokens, and drawn or not drawn, at a time
 SPILL = 1_000_000  # distinct pre-tokens in the dictionary before it is emptied
+PART = 1 << 24  # places that are looked at together
 
 
 def split_pattern(split_digits: bool = True, max_han: int = 0) -> str:
@@ -932,13 +1031,14 @@ class Words:
             start += size
 
 
-def count_words(blocks: Iterable[str], pattern: str) -> Words:
-    """Count the pre-tokens of a text, in the order of their bytes.
+def count_words(blocks: Iterable[str], pattern: str | Callable[[str], list[str]]) -> Words:
+    """Count the pre-tokens of a text, in the order of their bytes; `pattern` matches them, or cuts a text.
 
     A dictionary of all would take 200 bytes for each. So it is emptied whenever it holds SPILL, into a
     sorted run without Python objects, and the runs are merged at the end.
     """
-    find, counter, runs = compiled(pattern, "the split pattern").findall, Counter(), []
+    find = compiled(pattern, "the split pattern").findall if isinstance(pattern, str) else pattern
+    counter, runs = Counter(), []
 
     def spill() -> None:
         runs.append(Words())
@@ -973,50 +1073,85 @@ class Pairs:
     starts: np.ndarray
     ends: np.ndarray
     at: np.ndarray
+    unused: int = 0  # places in `at` that belong to no pair any more
 
     @classmethod
-    def gather(cls, home: int, lefts: tuple, rights: tuple, weight: np.ndarray, least: int) -> Pairs:
+    def gather(cls, home: int, lefts: tuple, rights: tuple, weigh: Callable, least: int) -> Pairs:
         """Group the places of (left, home) and (home, right) by pair; drop pairs rarer than `least`."""
         (left, left_at), (right, right_at) = lefts, rights
-        side = 1 << 30  # so that one sort, by neighbour and place, serves both
-        codes = [left.astype(np.int64) << 32 | left_at, (right.astype(np.int64) | side) << 32 | right_at]
-        code = np.sort(np.concatenate(codes))
-        other, at = code >> 32, (code & 0xFFFFFFFF).astype(np.int32)
-        starts = np.flatnonzero(np.diff(other, prepend=-1))
-        counts = np.add.reduceat(weight[at], starts, dtype=np.int64) if len(at) else starts
+        code, side = np.empty(len(left) + len(right), np.int64), 1 << 30
+        code[: len(left)], code[len(left) :] = left, right
+        code[len(left) :] |= side  # so that one sort, by neighbour and place, serves both
+        code <<= 32  # in place, for there may be 20 M at the beginning
+        code[: len(left)] |= left_at
+        code[len(left) :] |= right_at
+        code.sort()
+        at = code.astype(np.int32)  # the low half
+        code >>= 32
+        starts = np.flatnonzero(code[1:] != code[:-1]) + 1
+        starts = np.r_[0, starts] if len(at) else starts
+        counts = np.add.reduceat(weigh(at), starts, dtype=np.int64) if len(at) else starts
         keep, sizes = counts >= least, np.diff(starts, append=len(at))
-        other, ends = other[starts[keep]], np.cumsum(sizes[keep])
+        other, ends = code[starts[keep]], np.cumsum(sizes[keep])
         keys = np.where(other < side, other << 32 | home, home << 32 | other & (side - 1))
         return cls(keys, counts[keep], ends - sizes[keep], ends, at[np.repeat(keep, sizes)])
 
+    def update(self, k: int, at: np.ndarray, bound: int) -> None:
+        """Let pair k have these places, a part of its former ones, and this bound: 0, and it is done with."""
+        self.unused += int(self.ends[k] - self.starts[k]) - len(at)
+        self.bounds[k], self.ends[k] = bound, self.starts[k] + len(at)
+        self.at[self.starts[k] : self.ends[k]] = at
+        if self.unused > len(self.at) // 2:  # free the memory
+            ends = np.cumsum(self.ends - self.starts)
+            moved = np.repeat((ends - self.ends).astype(np.int32), self.ends - self.starts)
+            self.at = self.at[np.arange(len(moved), dtype=np.int32) - moved]
+            self.starts, self.ends, self.unused = ends - (self.ends - self.starts), ends, 0
+
 
 def learn_merges(
-    words: Words, vocabulary: list[bytes], size: int, min_frequency: int
+    words: Words, vocabulary: list[bytes], size: int, min_frequency: int, tokens: np.ndarray | None = None
 ) -> list[tuple[int, int]]:
-    """Join the most frequent pair of neighbours again and again; return the pairs, as ids.
+    """Join the most frequent pair of neighbours again and again; return the pairs, as ids. Empties `words`.
 
     `vocabulary` (special tokens, then 256 bytes) grows to `size`, or less where no pair is left that occurs
     min_frequency times. Of equally frequent pairs the smallest (left id, right id) wins, as in `tokenizers`.
+    `tokens`: the ids that all words consist of at first, end to end, where these are not the bytes; then the
+    vocabulary may hold anything.
 
-    ids[p] is the token whose first or last byte is place p; -1 in gaps and inside tokens. So the token after
-    the one at p starts at p + its length, and the one before it ends at p - 1. What a join changes is told
-    to nobody: a pair's places are checked when its turn has come, and if its count has fallen it waits
-    for another. Each group of pairs has its best one in the heap.
+    ids[p] is the token whose first or last byte is place p; `gap` between words and inside tokens. So the
+    token after the one at p starts at p + its length, and the one before it ends at p - 1. What a join
+    changes is told to nobody: a pair's places are checked when its turn has come, and if its count has fallen
+    it waits for another. Each group of pairs has its best one in the heap.
+
+    Memory: 12 bytes for each byte of the distinct words.
     """
-    special, n = set(vocabulary[:-256]), len(words.text) + len(words.sizes) + 1
+    known, n = set(vocabulary), len(words.text) + len(words.sizes) + 1
     if n >= 1 << 31:
         raise ValueError(f"{human(n)} bytes of distinct pre-tokens are too many; lower --max_chars")
-    sizes, counts = np.frombuffer(words.sizes, np.int32), np.frombuffer(words.counts, np.int64)
-    filled = np.ones(n, bool)
-    filled[np.r_[0, np.cumsum(sizes + 1)]] = False
-    id_of_byte = np.empty(256, np.int32)
-    for i, piece in enumerate(vocabulary[-256:], len(special)):
-        id_of_byte[piece[0]] = i
-    ids = np.full(n, -1, np.int32)
-    ids[filled] = id_of_byte[np.frombuffer(words.text, np.uint8)]
-    del filled
-    weight = np.repeat(counts.astype(np.min_scalar_type(counts.max(initial=0))), sizes + 1)
+    gap, narrow = size, np.min_scalar_type(size)
+    ids = np.full(n, gap, narrow)
+    sizes = np.frombuffer(words.sizes, np.int32)
+    # few counts differ: a place needs but two bytes to say which of them its word has
+    amounts, which = np.unique(np.frombuffer(words.counts, np.int64), return_inverse=True)
+    which = np.repeat(which.astype(np.min_scalar_type(len(amounts))), sizes + 1)
+    weigh = lambda at: amounts[which[at]]
     length = np.ones(size, np.int32)
+    length[: len(vocabulary)] = [len(piece) for piece in vocabulary]
+    begins = np.ones(n, bool)  # does a token begin here?
+    begins[np.r_[0, np.cumsum(sizes + 1)]] = False
+    if tokens is None:
+        id_of_byte = np.empty(256, narrow)
+        for i, piece in enumerate(vocabulary[-256:], len(vocabulary) - 256):
+            id_of_byte[piece[0]] = i
+        ids[begins] = id_of_byte[np.frombuffer(words.text, np.uint8)]
+    else:
+        at = np.flatnonzero(begins)[np.cumsum(length[tokens]) - length[tokens]]
+        ids[at] = ids[at + length[tokens] - 1] = tokens
+        begins[:] = False
+        begins[at] = True
+        del at
+    del sizes
+    words.text, words.sizes, words.counts = bytearray(), array("i"), array("q")
 
     groups, heap, merges = {}, [], []
 
@@ -1030,11 +1165,23 @@ def learn_merges(
             del groups[home]
 
     none = np.empty(0, np.int32), np.empty(0, np.int32)
-    for left in range(len(special), len(vocabulary)):
-        at = np.flatnonzero(ids == left)
-        right = ids[at + 1]
-        groups[left] = Pairs.gather(left, none, (right[right >= 0], at[right >= 0]), weight, min_frequency)
-        wait(left)
+    parts = [slice(p, p + PART) for p in range(0, n, PART)]
+    amount = sum(np.bincount(ids[part], minlength=gap + 1) for part in parts)[:gap]
+    block = np.cumsum(amount) // PART  # tokens of one block are looked for together
+    for low, high in itertools.pairwise([*np.flatnonzero(np.diff(block, prepend=-1)).tolist(), gap]):
+        found = (begins[part] & (ids[part] >= low) & (ids[part] < high) for part in parts)
+        at = np.concatenate([np.flatnonzero(f).astype(np.int32) + p.start for f, p in zip(found, parts)])
+        order = np.argsort(ids[at], kind="stable")
+        at = at[order]
+        del order
+        ends = np.cumsum(np.bincount(ids[at], minlength=high)[low:high])
+        for left, mine in enumerate(np.split(at, ends[:-1]), low):
+            if len(mine):
+                right = ids[mine + length[left]]
+                rights = right[right < gap], mine[right < gap]
+                groups[left] = Pairs.gather(left, none, rights, weigh, min_frequency)
+                wait(left)
+    del begins, at
 
     bar = progress(size - len(vocabulary), "merges", "")
     while heap and len(vocabulary) < size:
@@ -1042,32 +1189,31 @@ def learn_merges(
         pairs, left, right = groups[home], key >> 32, key & 0xFFFFFFFF
         at = pairs.at[pairs.starts[k] : pairs.ends[k]]
         at = at[(ids[at] == left) & (ids[at + length[left]] == right)]
-        count = int(weight[at].sum(dtype=np.int64))
-        joined = vocabulary[left] + vocabulary[right]
+        count = int(weigh(at).sum())
         if count < -bound:
-            pairs.bounds[k] = count if count >= min_frequency else 0
-            pairs.ends[k] = pairs.starts[k] + len(at)
-            pairs.at[pairs.starts[k] : pairs.ends[k]] = at
+            pairs.update(k, at, count if count >= min_frequency else 0)
             wait(home)
             continue
-        pairs.bounds[k] = 0
+        pairs.update(k, at[:0], 0)
         wait(home)
-        if joined in special:  # <s> in the text is three characters, never the token
+        joined = vocabulary[left] + vocabulary[right]
+        if joined in known:  # a special token, which no text makes; or a token that is also cut another way
             continue
         if left == right:  # of aaa the first two are joined: take every other place of a row
             nth = np.arange(len(at))
-            begins = np.r_[True, np.diff(at) != length[left]]
-            at = at[(nth - np.maximum.accumulate(np.where(begins, nth, 0))) % 2 == 0]
+            first = np.r_[True, np.diff(at) != length[left]]
+            at = at[(nth - np.maximum.accumulate(np.where(first, nth, 0))) % 2 == 0]
         new, seam, end = len(vocabulary), at + length[left], at + length[left] + length[right]
-        ids[seam - 1] = ids[seam] = -1
+        ids[seam - 1] = ids[seam] = gap
         ids[at] = ids[end - 1] = new
         length[new] = length[left] + length[right]
         merges.append((left, right))
         vocabulary.append(joined)
+        known.add(joined)
         before, after = ids[at - 1], ids[end]
-        far = (before >= 0) & (before != new)  # (new, new) is found from its left half
+        far = (before < gap) & (before != new)  # (new, new) is found from its left half
         lefts = before[far], at[far] - length[before[far]]
-        groups[new] = Pairs.gather(new, lefts, (after[after >= 0], at[after >= 0]), weight, min_frequency)
+        groups[new] = Pairs.gather(new, lefts, (after[after < gap], at[after < gap]), weigh, min_frequency)
         wait(new)
         bar.update()
     bar.close()
@@ -1100,6 +1246,7 @@ def train_bytes(
     words = count_words(texts, pattern)
     if not words.sizes:
         raise ValueError("the corpus is empty: there is no text to learn from")
+    print(f"{len(words.sizes):,} distinct pre-tokens", file=sys.stderr)
     merges = learn_merges(words, vocabulary, vocab_size, min_frequency)
     if len(vocabulary) < vocab_size:
         raise ValueError(
@@ -1155,6 +1302,13 @@ def check_options(config: Train) -> None:
         raise ValueError("--max_han must be 0 or more, --min_frequency 1 or more")
 
 
+def sampled(paths: list[str], cut: Callable[[str], Iterable[str]], share: float, seed: int) -> Iterator[str]:
+    """Yield the parts into which `cut` cuts each document: a random share of them."""
+    rng = random.Random(seed)
+    parts = (part for text in documents(paths) for part in cut(text))
+    return (part for part in parts if share == 1.0 or rng.random() < share)
+
+
 def train(config: Train) -> None:
     """Train a tokenizer and write a folder that this file and transformers load."""
     began = time.perf_counter()
@@ -1163,10 +1317,9 @@ def train(config: Train) -> None:
     check_options(config)
     chars = sum(map(len, documents(config.corpus)))
     share = min(1.0, config.max_chars / max(chars, 1))
-    rng = random.Random(config.seed)
-    parts_of = text_blocks if config.kind == "bytebpe" else training_lines
-    every = (part for text in documents(config.corpus) for part in parts_of(text))
-    parts = (part for part in every if share == 1.0 or rng.random() < share)
+    parts = sampled(
+        config.corpus, text_blocks if config.kind == "bytebpe" else training_lines, share, config.seed
+    )
     with atomic_folder(config.out) as folder:
         if config.kind == "bytebpe":
             names = ("split_digits", "max_han", "min_frequency", "nfkc", "add_bos")
@@ -1194,7 +1347,222 @@ def train(config: Train) -> None:
     )
 
 
-# --- 10. statistics -----------------------------------------------------------------------------------------
+# --- 10. extending a vocabulary -----------------------------------------------------------------------------
+# New tokens come after all old ids, and no old id changes its meaning: special tokens first, then pieces that
+# are learnt from new text. A model follows with `checkpoint.py resize`.
+
+
+@dataclass
+class Extend:
+    tokenizer: Positional[str]  # folder, .model or tokenizer.json to start from
+    out: str  # folder to write
+    corpus: Positional[tuple[str, ...]] = ()  # files or folders with the new text
+    vocab_size: int = 0  # tokens in all, old ones included; 0: no new pieces, only --specials
+    specials: str = ""  # new special tokens, separated by commas: "<|System|>,<|Human|>"
+    max_chars: int = 100_000_000  # learn from a random sample of about so many characters
+    seed: int = 0  # of that sample
+
+
+def extend(config: Extend) -> None:
+    """Add special tokens, and pieces learnt from new text, to a tokenizer; old ids stay what they are."""
+    old = load_tokenizer(config.tokenizer)
+    specials = [text for text in config.specials.split(",") if text]
+    check_specials(specials, present=())
+    for text in specials:
+        if text in old.backend.texts:
+            raise ValueError(f"--specials: {text!r} is token {old.backend.texts.index(text)} already")
+    pieces = config.vocab_size - old.vocab_size - len(specials) if config.vocab_size else 0
+    if not config.vocab_size and not specials:
+        raise ValueError("nothing to add: give a corpus and --vocab_size, or --specials")
+    if config.vocab_size and not config.corpus:
+        raise ValueError("--vocab_size: new pieces are learnt from text: name a corpus")
+    if config.vocab_size and pieces < 1:
+        raise ValueError(
+            f"--vocab_size {config.vocab_size} is what there will be in all, and the tokenizer has "
+            f"{old.vocab_size} tokens"
+            + (f", with --specials {old.vocab_size + len(specials)}" * bool(specials))
+        )
+    chars = sum(map(len, documents(config.corpus))) if pieces else 0
+    share = min(1.0, config.max_chars / max(chars, 1))
+    is_model = old.source == "tokenizer.model"
+    cut = training_lines if is_model else text_blocks
+    grow = extended_model if is_model else extended_json
+    parts = sampled(config.corpus, cut, share, config.seed) if pieces else ()
+    with atomic_folder(config.out) as folder:
+        new = from_files(grow(old, parts, pieces, specials), config.out)
+        new.save(folder)
+    line = (
+        f"{config.out}: {len(specials)} special tokens and {pieces} pieces after {old.vocab_size} old tokens"
+    )
+    if config.corpus:
+        sizes = [measure(t, texts_up_to(config.corpus, 1_000_000)) for t in (old, new)]
+        before, after = (len(ids) / max(size, 1) for size, _, ids in sizes)
+        line += f"; tokens per character of the new text {before:.3f} -> {after:.3f}"
+    print(line)
+
+
+def with_specials(files: dict[str, bytes], specials: dict[int, str], fast: dict | None) -> dict[str, bytes]:
+    """Add special tokens to what a folder's JSON files say; `fast` is its tokenizer.json, if it has one."""
+    config, stated = (json.loads(files.get(name, b"{}")) for name in CONFIGS[:2])
+    names = ("extra_special_tokens", "additional_special_tokens")  # of transformers 5, and of older ones
+    places = [(part, name) for part in (config, stated) for name in names if isinstance(part.get(name), list)]
+    for part, name in places or [(config, names[1])]:
+        part[name] = part.get(name, []) + list(specials.values())
+    described = {i: {"content": text, **FLAGS} for i, text in specials.items()}
+    listed = {str(i): token for i, token in described.items()}
+    config["added_tokens_decoder"] = config.get("added_tokens_decoder", {}) | listed
+    content = {CONFIGS[0]: config} | ({CONFIGS[1]: stated} if CONFIGS[1] in files else {})
+    content = content if specials else {}
+    if fast:
+        added = [{"id": i} | token for i, token in described.items()]
+        content["tokenizer.json"] = fast | {"added_tokens": fast.get("added_tokens", []) + added}
+    texts = {name: json.dumps(value, ensure_ascii=False, indent=1) for name, value in content.items()}
+    return files | {name: text.encode() for name, text in texts.items()}
+
+
+def extended_model(
+    old: Tokenizer, lines: Iterable[str], wanted: int, specials: list[str]
+) -> dict[str, bytes]:
+    """Extend a SentencePiece model, and the JSON files beside it: name -> content.
+
+    ValueError: a token beyond the model that is not special, or a hole (a .model can hold neither there); a
+    tokenizer.json that does not agree with the model; a text with too few new pieces.
+    """
+    file = ModelFile.parse(old.files["tokenizer.model"], "tokenizer.model")
+    texts, types = old.backend.texts, old.backend.types
+    beyond = range(len(file.texts), old.vocab_size)  # tokens that only the JSON files know
+    for i in beyond:
+        if types[i] != CONTROL:
+            what = f"{texts[i]!r} (id {i}) is not special" if texts[i] else f"id {i} is a hole"
+            raise ValueError(
+                f"of the tokens that the folder adds beyond its tokenizer.model, {what}: the model cannot "
+                "hold it there; declare it special in tokenizer_config.json, or start without it"
+            )
+    pieces = [(text, 0.0, CONTROL) for text in [*(texts[i] for i in beyond), *specials]]
+    if wanted:
+        taken = {*file.texts, *texts, *specials}
+        pieces += [(text, score, NORMAL) for text, score in learn_pieces(file, lines, wanted, taken)]
+    fast = json.loads(old.files["tokenizer.json"]) if "tokenizer.json" in old.files else None
+    model = file.append(pieces)
+    if fast:
+        vocab, made = fast["model"]["vocab"], fast_model(ModelFile.parse(model, "the extended model"))
+        known = vocab if isinstance(vocab, dict) else {text: i for i, (text, _) in enumerate(vocab)}
+        same = all(known.get(text) == i for i, text in enumerate(file.texts))
+        if not same or fast["model"].get("type", "BPE") != made["type"]:
+            raise ValueError("tokenizer.json and tokenizer.model of this folder disagree: remove one of them")
+        if "merges" in made:
+            made["merges"] = as_written(made["merges"], fast["model"]["merges"])
+        fast["model"] |= {key: made[key] for key in ("vocab", "merges") if key in made}
+    files = old.files | {"tokenizer.model": model}
+    return with_specials(files, dict(enumerate(specials, old.vocab_size)), fast)
+
+
+def learn_pieces(
+    file: ModelFile, lines: Iterable[str], wanted: int, taken: set[str]
+) -> list[tuple[str, float]]:
+    """Learn pieces, with scores, that a SentencePiece model lacks, by training another one of its kind."""
+    import sentencepiece
+
+    if file.kind == "word":
+        raise ValueError("a SentencePiece model of words cannot be extended; bpe, unigram and char can")
+    if file.charsmap:
+        off = dict.fromkeys(("add_dummy_prefix", "escape_whitespaces", "remove_extra_whitespaces"), False)
+        lines = map(sentencepiece.SentencePieceNormalizer(model_proto=file.data, **off).normalize, lines)
+    lines = list(lines)
+    letters = len(set().union(*lines))
+    model = train_model(
+        lines,
+        len(taken) + wanted + letters + 300,  # enough even if every old piece were learnt again
+        model_type=file.kind,
+        byte_fallback=file.byte_fallback,
+        add_dummy_prefix=file.dummy_prefix,
+        remove_extra_whitespaces=file.remove_extra_whitespaces,
+        hard_vocab_limit=False,
+    )
+    learnt = ModelFile.parse(model, "the trained model")
+    rows = zip(learnt.texts, learnt.scores, learnt.types)
+    new = [(text, score) for text, score, kind in rows if kind == NORMAL and text not in taken]
+    # Characters first: pieces are put together from them. Of each kind the most frequent first, as learnt.
+    new.sort(key=lambda row: len(row[0]) > 1)
+    if len(new) < wanted:
+        most = len(taken) + len(new)
+        raise ValueError(f"--vocab_size is too large for this text; at most {most}, or give more text")
+    if file.kind == "unigram":
+        # The learnt log-probabilities, as they are. A piece that occurs often in the new text must beat the
+        # sum of two old ones: with 4,000 pieces of Python's library and 1,500 learnt on torch.nn, the latter
+        # takes 0.276 tokens per character (one model of both: 0.275), 0.282 with the scores capped at the
+        # lowest old one, 0.292 shifted below it. In old text 0.5 % of the cuts were new.
+        return new[:wanted]
+    # A BPE piece's score is its rank: what old pieces join is joined before.
+    lowest = min(score for score, kind in zip(file.scores, file.types) if kind == NORMAL)
+    return [(text, lowest - 1 - n) for n, (text, _) in enumerate(new[:wanted])]
+
+
+def extended_json(
+    old: Tokenizer, blocks: Iterable[str], wanted: int, specials: list[str]
+) -> dict[str, bytes]:
+    """Extend a tokenizer.json of byte-level BPE by learning on where its merges end: name -> content."""
+    spec, backend = json.loads(old.files["tokenizer.json"]), old.backend
+    if wanted and not backend.byte_level:
+        raise ValueError("tokenizer.json is Metaspace BPE: new pieces need its tokenizer.model beside it")
+    # `tokenizers` numbers an added token by itself unless the vocabulary holds it
+    vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
+    held, listed = set(vocab.values()), {token["id"] for token in spec.get("added_tokens", [])}
+    vocab |= {text: i for i, text in enumerate(backend.texts) if i not in held and backend.types[i] != HOLE}
+    unlisted = [i for i in range(old.vocab_size) if i not in held | listed and backend.types[i] != HOLE]
+    for i in unlisted:  # only the folder's other files name it
+        special = backend.types[i] == CONTROL
+        spec.setdefault("added_tokens", []).append(
+            {"id": i, "content": backend.texts[i], **FLAGS, "special": special}
+        )
+    pieces = [data or text.encode() for data, text in zip(backend.token_bytes, backend.texts)]
+    pieces += [text.encode() for text in specials]
+    vocab |= {text: i for i, text in enumerate(specials, old.vocab_size)}
+    if wanted:
+        start, size = len(pieces), len(pieces) + wanted
+        words = count_words(blocks, functools.partial(pretokens, backend))
+        if not words.sizes:
+            raise ValueError("the corpus is empty: there is no text to learn from")
+        joins = learn_merges(words, pieces, size, 2, present_tokens(backend, words))
+        if len(pieces) < size:
+            raise ValueError(
+                f"--vocab_size is too large for this text; at most {len(pieces)}, or give more text"
+            )
+        letters = lambda i: "".join(LETTER[b] for b in pieces[i])
+        vocab |= {letters(i): i for i in range(start, size)}
+        merges += as_written([[letters(left), letters(right)] for left, right in joins], merges)
+    return with_specials(old.files, dict(enumerate(specials, old.vocab_size)), spec)
+
+
+def as_written(pairs: list[list[str]], merges: list) -> list:
+    """Write pairs as a file writes its merges: as pairs, or as older files do: "left right"."""
+    return [" ".join(pair) for pair in pairs] if merges and isinstance(merges[0], str) else pairs
+
+
+def pretokens(backend: BpeBackend, text: str) -> list[str]:
+    """Cut a text as its encoder does before it merges, added tokens left out."""
+    parts = backend.added[False].split(text)[::2]
+    sections = (s for part in parts for s in backend.added[True].split(backend.normalize(part))[::2])
+    return [piece for section in sections for piece in backend.pieces(section)]
+
+
+def present_tokens(backend: BpeBackend, words: Words) -> np.ndarray:
+    """Encode every word; give all ids, end to end."""
+    ids, texts = array("i"), (word.decode() for word, _ in words)
+    while batch := list(itertools.islice(texts, 1000)):
+        joined = "\0".join(batch)  # as in BpeBackend.encode: one call for many
+        if backend.tiktoken and joined.count("\0") == len(batch) - 1:
+            ids.extend(backend.tiktoken.encode_ordinary(joined))
+        else:
+            ids.extend(itertools.chain.from_iterable(map(backend.encode_piece, batch)))
+    sizes = np.array([len(data or b"") for data in backend.token_bytes], np.int32)
+    ids = np.frombuffer(ids, np.int32)
+    if sizes[ids].sum() != len(words.text):
+        raise ValueError("this tokenizer has no token for some bytes of the text, so it cannot learn on")
+    return ids
+
+
+# --- 11. statistics -----------------------------------------------------------------------------------------
 
 ROUND_TRIPS = {
     "newline, tab": "a\n\n\tb\r\n",
@@ -1315,4 +1683,4 @@ def dump(config: Dump) -> None:
 
 
 if __name__ == "__main__":
-    run(train, stats, dump, doc=__doc__)
+    run(train, extend, stats, dump, doc=__doc__)

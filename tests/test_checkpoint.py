@@ -10,18 +10,23 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import sentencepiece
+import tokenizers
 import torch
 import torch.distributed as dist
-from conftest import ROOT, tiny_hf
+import transformers
+from conftest import ROOT, run_script, tiny_hf
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoint
 import common
 import model as decoder
+import tokenizer as tok
 from model import ModelConfig
 
 # name -> (family of conftest.tiny_hf, overrides of its configuration)
@@ -1270,3 +1275,278 @@ def test_whole_step_written_by_two_processes_is_a_model_folder_for_transformers(
     assert checkpoint.damage(step) is None
     theirs = load_hf(step, tf.AutoModelForSequenceClassification)
     assert torch.equal(theirs.score.weight, full["parameter/score.weight"])
+
+
+# --- 6. rows for an extended vocabulary ----------------------------------------------------------------------
+
+OLD, TABLE, NEW = 300, 320, 350  # tokens, rows of the model, tokens of the extended tokenizer
+MARKS = ["<|System|>", "<|Human|>"]
+
+
+@pytest.fixture(scope="module")
+def vocabularies(tmp_path_factory):
+    """Kind -> folders of a tokenizer of OLD tokens and of its extension: ours, one with dummy prefix, byte-level."""
+    pytest.importorskip("regex")
+    base, out = tmp_path_factory.mktemp("vocabularies"), {}
+    rows = {
+        "old": "the model reads text and writes text. " * 3,
+        "new": "光合作用 the chlorophyll reads 叶绿体。二氧化碳 transforms sunlight, 细胞的蒸腾作用 carbon dioxide。"
+        * 9,
+    }
+    for name, text in rows.items():
+        (base / f"{name}.txt").write_text(text * 4)
+    for kind in ("bpe", "bytebpe"):
+        tok.train(
+            tok.Train([str(base / "old.txt")], str(base / kind), OLD if kind == "bpe" else 280, kind=kind)
+        )
+    files = {"tokenizer.model": tok.train_model([rows["old"]], OLD, add_dummy_prefix=True)}
+    tok.from_files(files, "memory").save(base / "dummy")
+    for kind in ("bpe", "dummy", "bytebpe"):
+        size = len(tok.load_tokenizer(base / kind).backend.texts) + NEW - OLD
+        more = [str(base / f"{kind}-more"), (str(base / "new.txt"),), size, ",".join(MARKS)]
+        tok.extend(tok.Extend(str(base / kind), *more))
+        out[kind] = base / kind, base / f"{kind}-more"
+    return out
+
+
+def loaded(vocabularies, kind="bpe"):
+    return [tok.load_tokenizer(folder) for folder in vocabularies[kind]]
+
+
+def sub_tokens(folder, text):
+    """The old ids of a new token, by other libraries: sentencepiece behind a newline, tokenizers' model alone."""
+    if not (folder / "tokenizer.model").exists():
+        return [
+            t.id for t in tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).model.tokenize(text)
+        ]
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    newline = sp.piece_to_id("\n")
+    ids = sp.encode("\n" + text.replace("▁", " "))
+    return ids[ids.index(newline) + 1 :]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "dummy", "bytebpe"])
+@pytest.mark.parametrize("family", ["phi", "llama", "llama-tied", "bloom"])
+def test_new_rows_are_the_mean_of_the_sub_tokens_and_old_rows_keep_their_bits(kind, family, vocabularies):
+    old, new = loaded(vocabularies, kind)
+    texts = new.backend.texts
+    if kind == "bytebpe":
+        spec = json.loads((vocabularies[kind][1] / "tokenizer.json").read_text())
+        texts = {i: text for text, i in spec["model"]["vocab"].items()}
+    model = checkpoint_of(tiny_hf(family, vocab_size=TABLE))
+    made = checkpoint.resize_model(model, old, new, multiple=64)
+    assert made.config.vocab_size == 384 and made.config.family == model.config.family
+    names = (
+        ["embed_tokens.weight"]
+        + ["lm_head.weight"] * (family in ("phi", "llama"))
+        + ["lm_head.bias"] * (family == "phi")
+    )
+    before, after = checkpoint.parameters(model), checkpoint.parameters(made)
+    assert before.keys() == after.keys()
+    for name, p in after.items():
+        if name not in names:
+            assert p is before[name] or torch.equal(p, before[name])
+            continue
+        table, wide = before[name].detach().double(), p.detach()
+        n = old.vocab_size
+        assert len(p) == 384 and torch.equal(wide[:n], before[name][:n])
+        for i in range(n, new.vocab_size):
+            ids = sub_tokens(vocabularies[kind][0], texts[i])
+            assert max(ids) < n
+            assert (wide[i].double() - table[ids].mean(0)).abs().max() < 1e-6, (i, new.token_text(i), ids)
+        end = max(TABLE, new.vocab_size)
+        assert torch.equal(
+            wide[new.vocab_size : TABLE], before[name][new.vocab_size :][: max(0, TABLE - new.vocab_size)]
+        )
+        assert (wide[end:].double() - table[:n].mean(0)).abs().max() < 1e-6
+    assert (made.lm_head.weight is made.embed_tokens.weight) == (family in ("llama-tied", "bloom"))
+
+
+def checkpoint_of(hf):
+    """Our model with the weights of one of transformers."""
+    with tempfile.TemporaryDirectory() as folder:
+        hf.save_pretrained(folder)
+        return checkpoint.load_model(folder)
+
+
+def test_sub_tokens_of_a_word_get_no_space_in_front_and_of_a_spaced_word_keep_it(vocabularies):
+    old, new = loaded(vocabularies, "dummy")
+    rows = checkpoint.new_rows(old, new, OLD)
+    assert sorted(rows) == list(range(OLD, NEW))
+    spaced = 0
+    for i, ids in rows.items():
+        data = new.backend.token_bytes[i] or new.backend.texts[i].encode()
+        assert b"".join(old.backend.token_bytes[p] for p in ids) == data
+        spaced += data.startswith(b" ")
+    assert 0 < spaced < len(rows)
+
+
+def test_a_token_of_a_part_of_a_character_is_the_mean_of_its_bytes(vocabularies):
+    old, new = loaded(vocabularies, "bytebpe")
+    rows = checkpoint.new_rows(old, new, old.vocab_size)
+    parts = [i for i in rows if new.token_kind(i) == "byte"]
+    assert parts
+    for i, ids in rows.items():
+        data = new.backend.token_bytes[i] or new.backend.texts[i].encode()
+        assert b"".join(old.backend.token_bytes[p] for p in ids) == data
+
+
+def test_a_token_that_the_old_tokenizer_cannot_spell_gets_the_mean_of_all(tmp_path):
+    lines = ["the model reads text"] * 9
+    files = {"tokenizer.model": tok.train_model(lines, 40, byte_fallback=False)}
+    tok.from_files(files, "memory").save(tmp_path / "old")
+    (tmp_path / "new.txt").write_text("光合 光合 光合")
+    tok.extend(tok.Extend(str(tmp_path / "old"), str(tmp_path / "new"), (str(tmp_path / "new.txt"),), 42))
+    old, new = tok.load_tokenizer(tmp_path / "old"), tok.load_tokenizer(tmp_path / "new")
+    model = own_model(own_config(vocab_size=40))
+    made = checkpoint.resize_model(model, old, new, multiple=1)
+    mean = model.embed_tokens.weight.double().mean(0)
+    assert made.config.vocab_size == 42
+    assert (made.embed_tokens.weight[40:].double() - mean).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["phi", "llama", "llama-tied", "bloom"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resized_folder_loads_in_transformers_with_the_old_logits_on_old_ids(
+    family, dtype, vocabularies, tmp_path
+):
+    hf = tiny_hf(family, vocab_size=TABLE, dtype=DTYPES[dtype])
+    hf.save_pretrained(tmp_path / "old")
+    old, new = vocabularies["bpe"]
+    for path in old.iterdir():
+        shutil.copy(path, tmp_path / "old")
+    checkpoint.resize(checkpoint.Resize(str(tmp_path / "old"), str(new), str(tmp_path / "new")))
+    model = checkpoint.load_model(tmp_path / "new")
+    theirs = load_hf(tmp_path / "new", type(hf))
+    assert model.embed_tokens.weight.dtype == theirs.dtype == DTYPES[dtype]
+    assert_same_tensors(model, theirs)
+    assert theirs.get_input_embeddings().weight.shape[0] == theirs.config.vocab_size == 384
+    hf = load_hf(tmp_path / "old", type(hf))  # as tiny_hf casts it, its RoPE frequencies would be bf16
+    was, now = hf.get_input_embeddings().weight, theirs.get_input_embeddings().weight
+    assert torch.equal(was[:OLD], now[:OLD])
+    hf, theirs, model = hf.float(), theirs.float(), model.float()
+    with torch.no_grad():
+        a, b, c = hf(ids(OLD)).logits, theirs(ids(OLD)).logits, model(ids(OLD))
+    assert (a[..., :OLD] - b[..., :OLD]).abs().max() <= 1e-5 * a.abs().max()
+    assert (c - b).abs().max() <= 1e-5 * b.abs().max()
+    t, auto = (
+        tok.load_tokenizer(tmp_path / "new"),
+        transformers.AutoTokenizer.from_pretrained(tmp_path / "new"),
+    )
+    assert t.digest == tok.load_tokenizer(new).digest
+    assert (
+        auto.encode("光合作用 reads") == t.encode_prompt("光合作用 reads")
+        and max(t.encode("光合作用")) >= OLD
+    )
+
+
+def test_resized_model_takes_the_token_ids_that_the_new_tokenizer_names(vocabularies):
+    old, new = loaded(vocabularies)
+    made = checkpoint.resize_model(own_model(own_config(vocab_size=TABLE, bos_token_id=7)), old, new)
+    assert (made.config.bos_token_id, made.config.eos_token_id, made.config.pad_token_id) == (1, 2, 3)
+    several = own_model(own_config(vocab_size=TABLE, eos_token_id=[2, 9]))
+    assert checkpoint.resize_model(several, old, new).config.eos_token_id == [2, 9]
+    new.pad_id = None
+    assert checkpoint.resize_model(several, old, new).config.pad_token_id == 0
+
+
+@pytest.mark.parametrize("head", ["score", "none"])
+@pytest.mark.parametrize("family", ["llama", "phi", "bloom"])
+def test_a_model_without_a_vocabulary_head_gets_embedding_rows_only(head, family, vocabularies, tmp_path):
+    old, new = loaded(vocabularies)
+    config = own_config(family, vocab_size=TABLE, head=head)
+    model = own_model(config)
+    made = checkpoint.resize_model(model, old, new)
+    checkpoint.save_model(made, tmp_path / "m", new)
+    again = checkpoint.load_model(tmp_path / "m")
+    assert again.embed_tokens.weight.shape[0] == 384
+    with torch.no_grad():
+        assert torch.equal(again(ids(OLD)), model(ids(OLD)))
+
+
+def test_shrinking_needs_to_be_asked_for_and_drops_only_rows_that_no_token_uses(vocabularies):
+    old, new = loaded(vocabularies)
+    model = own_model(own_config(vocab_size=512))
+    with pytest.raises(ValueError, match="the table has 512 rows, and 350 tokens need only 384; --shrink"):
+        checkpoint.resize_model(model, old, new)
+    made = checkpoint.resize_model(model, old, new, shrink=True)
+    assert len(made.embed_tokens.weight) == len(made.lm_head.weight) == 384
+    assert torch.equal(made.embed_tokens.weight[:OLD], model.embed_tokens.weight[:OLD])
+    assert torch.equal(made.embed_tokens.weight[NEW:], model.embed_tokens.weight[NEW:384])
+    assert not torch.equal(made.embed_tokens.weight[OLD], model.embed_tokens.weight[OLD])  # padding before
+    assert len(checkpoint.resize_model(model, old, new, multiple=512).embed_tokens.weight) == 512
+    tight = checkpoint.resize_model(model, old, new, multiple=1, shrink=True)
+    assert len(tight.embed_tokens.weight) == NEW
+
+
+def test_a_tokenizer_that_is_no_extension_is_refused_with_the_first_differing_id(vocabularies, tmp_path):
+    old, new = loaded(vocabularies)
+    model = own_model(own_config(vocab_size=TABLE))
+    with pytest.raises(
+        ValueError,
+        match="no extension of the old one: id 300 was '<|System|>' and is nothing".replace("|", r"\|"),
+    ):
+        checkpoint.resize_model(model, new, old)
+    swapped = tok.load_tokenizer(vocabularies["bpe"][1])
+    table = swapped.backend.token_bytes
+    table[270], table[271] = table[271], table[270]
+    with pytest.raises(ValueError, match="id 270 was .* and is .*; make it with tokenizer.py extend"):
+        checkpoint.resize_model(model, old, swapped)
+    with pytest.raises(ValueError, match="no extension of the old one: id 0 was"):
+        checkpoint.resize_model(model, old, loaded(vocabularies, "bytebpe")[1])
+    with pytest.raises(ValueError, match="--multiple must be 1 or more"):
+        checkpoint.resize_model(model, old, new, multiple=0)
+
+
+def test_ids_that_had_no_token_and_tokens_that_had_no_row_count_as_new(vocabularies, tmp_path):
+    """A hole that is filled; a table with fewer rows than the tokenizer has tokens."""
+    base = vocabularies["bytebpe"][0]
+    spec = json.loads((base / "tokenizer.json").read_text())
+    last = {
+        "id": 282,
+        "content": "<|late|>",
+        "special": True,
+        "normalized": False,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+    }
+    spec["added_tokens"].append(last)
+    old = tok.from_files({"tokenizer.json": json.dumps(spec).encode()}, "memory")
+    spec["added_tokens"].append({**last, "id": 281, "content": "<|hole|>"})
+    new = tok.from_files({"tokenizer.json": json.dumps(spec).encode()}, "memory")
+    model = own_model(own_config(vocab_size=283))
+    made = checkpoint.resize_model(model, old, new, multiple=1)
+    was, now = model.embed_tokens.weight.double(), made.embed_tokens.weight
+    assert [i for i in range(283) if not torch.equal(now[i], model.embed_tokens.weight[i])] == [281]
+    assert (now[281].double() - was[old.encode("<|hole|>")].mean(0)).abs().max() < 1e-6
+    small = checkpoint.resize_model(own_model(own_config(vocab_size=270)), old, new, multiple=1)
+    assert len(small.embed_tokens.weight) == 283
+
+
+def test_command_line_resizes_a_run_and_takes_the_old_tokenizer_from_elsewhere(vocabularies, tmp_path):
+    old, new = vocabularies["bpe"]
+    run = tmp_path / "run"
+    checkpoint.save_model(own_model(own_config(vocab_size=TABLE)), run / "step_0000007")
+    (run / "latest").write_text("step_0000007\n")
+    args = ("checkpoint.py", "resize", run, "--tokenizer", new, "--out", tmp_path / "wide")
+    done = run_script(*args)
+    assert done.returncode == 2 and "no tokenizer here" in done.stderr
+    done = run_script(*args, "--old_tokenizer", old, "--save_dtype", "bfloat16", "--multiple", 16)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("wide: 320 -> 352 rows, 50 for new tokens, 2 of padding")
+    made = checkpoint.load_model(tmp_path / "wide")
+    assert made.embed_tokens.weight.shape[0] == 352 and made.embed_tokens.weight.dtype == torch.bfloat16
+
+
+def test_command_check_names_the_damaged_step_of_a_run(run, capsys):
+    steps = checkpoint.saved_steps(run)
+    checkpoint.check(checkpoint.Check(str(run)))
+    assert capsys.readouterr().out.count(": whole\n") == len(steps) == 2
+    (steps[-1] / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="not every step is whole"):
+        checkpoint.check(checkpoint.Check(str(run)))
+    out = capsys.readouterr().out
+    assert out.count(": whole\n") == 1 and f"{steps[-1] / 'config.json'}: 2 bytes instead of" in out
+    with pytest.raises(ValueError, match="no saved step here"):
+        checkpoint.check(checkpoint.Check(str(run.parent / "none")))

@@ -160,6 +160,44 @@ def test_merges_in_another_order_than_ids_go_to_the_python_encoder(specs, capsys
     assert not differing(ours, theirs, LINES[::3])
 
 
+def test_tiktoken_serves_only_where_merging_makes_every_token(specs):
+    """Of merges b+c, a+b, ab+c the word abc becomes a, bc: tiktoken, which takes a token whole, would differ."""
+    merges = ["b c", "a b", "ab c", "x y", "xy z", "y z"]
+    spec = json.loads(json.dumps(specs["gpt2"]))
+    letters = sorted(text for text in spec["model"]["vocab"] if len(text) == 1)
+    for chosen, whole in ((merges[:3], False), (merges[1:5], True), (merges[:2] + merges[3:], True)):
+        vocab = [*letters, *(m.replace(" ", "") for m in chosen)]
+        spec["model"] |= {"vocab": {text: i for i, text in enumerate(vocab)}, "merges": chosen}
+        spec["added_tokens"] = []
+        ours, theirs = both(spec)
+        assert bool(ours.backend.tiktoken) == whole
+        for word in ("abc", "abcabc", "xyz", "xyzyz", "bcab"):
+            assert ours.encode(word) == theirs.encode(word).ids
+
+
+def test_made_whole_equals_merging_every_token(specs):
+    """The proof at the seams against the plain way, on random merges of three letters."""
+    backend, answers = both(specs["gpt2"])[0].backend, []
+    for seed in range(3000):
+        rng, names, backend.ranks = random.Random(seed), list("abc"), {}
+        for _ in range(rng.randrange(1, 9)):
+            left, right = rng.randrange(len(names)), rng.randrange(len(names))
+            if names[left] + names[right] not in names:
+                backend.ranks[left, right] = len(backend.ranks), len(names)
+                names.append(names[left] + names[right])
+        merged = [backend.merge(["abc".index(c) for c in name]) for name in names]
+        answers.append(backend.made_whole())
+        assert answers[-1] == (merged == [[i] for i in range(len(names))]), (seed, names)
+    assert 100 < sum(answers) < 2900
+
+
+def test_nul_in_text_is_a_token_like_any_other(specs):
+    ours, theirs = both(specs["qwen"])
+    assert ours.backend.tiktoken
+    for text in ("\0", "a\0b", "白\0\0纸 \0", "\0\n"):
+        assert ours.encode(text) == theirs.encode(text).ids and ours.decode(ours.encode(text)) == text
+
+
 def test_pieces_that_are_tokens_are_taken_whole_with_ignore_merges(specs):
     spec = json.loads(json.dumps(specs["qwen"]))
     gone = {"".join(spec["model"]["merges"].pop(n)) for n in (700, 600, 500, 400, 300)}
