@@ -7,36 +7,53 @@ each figure is a median, and the ceilings (a large matrix product, a large copy)
     python bench.py decode     # greedy decoding, batch 1, beside transformers.generate
     python bench.py world out/run --demo out/demo       # the demonstration model: form, novelty, facts
     python bench.py bits out/run --shards out/shards    # bits per byte beside xz and a Kneser-Ney trigram
+    python bench.py data out/demo/pretrain              # encoding beside `tokenizers`; packing and its memory
+    python bench.py bpe out/demo/pretrain               # learning byte-level BPE beside `tokenizers`
+    python bench.py clean corpus.jsonl                  # does a model learn more from the cleaned text?
+    python bench.py dedup corpus.jsonl                  # a million documents: time, memory, near-copies found
 
-`train` and `decode` need transformers (pip install -r requirements-dev.txt).
+All but `world`, `bits`, `clean` and `dedup` need transformers and tokenizers (pip install -r
+requirements-dev.txt).
 
 Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques" (interpolated form).
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import itertools
+import json
 import lzma
 import math
+import operator
+import os
 import random
+import re
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import tyro
 
 import common
 import demo_corpus
 from checkpoint import load_model, model_folder, save_model
+from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
 from data import Shards
 from generate import Sampling, fuse, generate, load
 from model import Model, ModelConfig, build, flops_per_token, init_weights, num_params
 from parallel import parallelize
-from tokenizer import load_tokenizer
+from tokenizer import load_tokenizer, split_pattern, texts_up_to
 from train import FitConfig, make_optimizer, measured_flops, next_token_loss
 
 # --- 1. speed beside transformers ---------------------------------------------------------------------------
@@ -310,6 +327,20 @@ def sliding_nats(model: Model, ids: list[int], width: int) -> float:
     return total
 
 
+def bits_per_byte(folder: str | Path, texts: list[str], width: int, size: int) -> float:
+    """Bits that a run or model folder takes to code texts, per each of `size` bytes.
+
+    width: tokens that the model sees at a time; 0: its context.
+    """
+    folder = model_folder(folder)
+    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
+    width = width or model.config.max_position_embeddings
+    nats = sum(sliding_nats(model, tokenizer.encode_document(text), width) for text in texts)
+    if not tokenizer.add_bos:  # nothing predicts a document's first token: it costs all its ln V nats
+        nats += len(texts) * math.log(model.config.vocab_size)
+    return nats / math.log(2) / size
+
+
 @dataclass
 class BitsBench:
     folder: tyro.conf.Positional[str]  # a run or model folder
@@ -319,8 +350,7 @@ class BitsBench:
 
 def bits(config: BitsBench) -> None:
     """Compare bits per byte on the validation documents with xz -9e and a character trigram."""
-    folder = model_folder(config.folder)
-    model, tokenizer = load_model(folder, torch.float32), load_tokenizer(folder)
+    tokenizer = load_tokenizer(model_folder(config.folder))
     parts = {part: Shards([config.shards], part) for part in ("train", "val")}
     texts = {
         part: [tokenizer.decode(s.read(d, 0, 1 << 62).tolist()) for d in range(len(s))]
@@ -331,17 +361,354 @@ def bits(config: BitsBench) -> None:
     packed = lzma.compress("".join(texts["val"]).encode(), preset=9 | lzma.PRESET_EXTREME)
     trigram = KneserNey(texts["train"])
     trigram_bits = sum(trigram.bits(t) for t in texts["val"])
-    width = config.row_tokens or model.config.max_position_embeddings
-    documents = [tokenizer.encode_document(t) for t in texts["val"]]
-    nats = sum(sliding_nats(model, ids, width) for ids in documents)
+    ours = bits_per_byte(config.folder, texts["val"], config.row_tokens, size)
     print(f"bits per byte on {len(texts['val'])} held-out documents, {size:,} bytes")
     print(f"  xz -9e             {8 * len(packed) / size:.3f}")
     print(f"  Kneser-Ney trigram {trigram_bits / size:.3f}")
-    if not tokenizer.add_bos:  # nothing predicts a document's first token: it costs all its ln V nats
-        nats += len(documents) * math.log(model.config.vocab_size)
-    each = nats / sum(len(ids) - tokenizer.add_bos for ids in documents)
-    print(f"  ours               {nats / math.log(2) / size:.3f}   ({each:.3f} nats per token)")
+    print(f"  ours               {ours:.3f}")
+
+
+# --- 4. data ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class DataBench:
+    corpus: tyro.conf.Positional[tuple[str, ...]]  # files of documents, or folders of them
+    vocab_size: int = 8192  # of the vocabularies that are learnt here
+    learn_chars: int = 5_000_000  # from so many characters
+    encode_mb: float = 5.0  # megabytes of documents to encode
+    pack_mb: float = 100.0  # megabytes of documents to pack: the corpus, again and again
+    rounds: int = 5  # each side encodes all of it so often
+
+
+# cut at line ends, then around words, marks, runs of Han, digits: as the first DeepSeek models did
+STAGES = [r"[\r\n]", r"\s?\p{Latin}+", r"\s?[\p{P}\p{S}]+", r"\p{Han}+", r"\p{N}"]
+
+
+def data(config: DataBench) -> None:
+    """Time encoding on one core beside `tokenizers`, and packing on all cores with the memory it takes."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, documents = Path(name), list(texts_up_to(config.corpus, config.learn_chars))
+        write_documents(folder / "learn.jsonl", documents)
+        for kind in ("bpe", "bytebpe"):
+            options = ("--kind", kind, "--vocab_size", config.vocab_size, "--out", folder / kind)
+            watch("tokenizer.py", "train", folder / "learn.jsonl", *options)
+        spec = common.read_json(folder / "bytebpe" / "tokenizer.json")
+        split = spec["pre_tokenizer"]["pretokenizers"].pop(0)
+        stages = [split | {"pattern": {"Regex": pattern}} for pattern in STAGES]
+        spec["pre_tokenizer"]["pretokenizers"][:0] = stages
+        common.write_json(folder / "stages" / "tokenizer.json", spec)
+
+        size, documents = 0, []
+        for text in common.documents(config.corpus):
+            documents.append(text)
+            size += len(text.encode())
+            if size >= config.encode_mb * 1e6:
+                break
+        print(f"encoding {len(documents):,} documents, {size / 1e6:.1f} MB, in MB/s of one core")
+        for title, kind in (("SentencePiece", "bpe"), ("byte-level", "bytebpe"), ("in stages", "stages")):
+            encoding(title, folder / kind, documents, size, config.rounds)
+
+        every = (text for _ in itertools.count() for text in common.documents(config.corpus))
+        write_documents(folder / "pack.jsonl", every, config.pack_mb * 1e6)
+        size = (folder / "pack.jsonl").stat().st_size / 1e6
+        print(f"packing {size:,.0f} MB with {os.cpu_count()} processes")
+        for title, kind in (("SentencePiece", "bpe"), ("byte-level", "bytebpe")):
+            options = ("--tokenizer", folder / kind, "--out", folder / f"packed-{kind}")
+            took = watch("data.py", "pack", folder / "pack.jsonl", *options)
+            print(
+                f"  {title:14} {size / took.seconds:5.1f} MB/s, {took.memory / 1e6:.0f} MB of memory at most"
+            )
+
+
+@dataclass
+class BpeBench:
+    corpus: tyro.conf.Positional[tuple[str, ...]]  # files of documents, or folders of them
+    chars: tuple[float, ...] = (1e7, 2.5e7)  # to learn from; more than the corpus has: see `lengthened`
+    vocab_size: int = 32_000  # to learn
+    peer: bool = True  # train `tokenizers` as well; its memory grows fast: 10 GB at 50 M characters
+
+
+PEER = """
+import json, sys
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+corpus, pattern, size, out = sys.argv[1:]
+tokenizer = Tokenizer(models.BPE())
+level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), level])
+alphabet, specials = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>", "<pad>"]
+trainer = trainers.BpeTrainer(
+    vocab_size=int(size),
+    min_frequency=2,
+    initial_alphabet=alphabet,
+    special_tokens=specials,
+    show_progress=False,
+)
+tokenizer.train_from_iterator((json.loads(line)["text"] for line in open(corpus)), trainer)
+tokenizer.save(out)
+"""
+
+
+def bpe(config: BpeBench) -> None:
+    """Learn byte-level BPE by us and by `tokenizers`: time, memory, characters per token on held-out text."""
+    import tokenizers
+
+    texts = list(common.documents(config.corpus))
+    held_out, texts = texts[::50], [text for i, text in enumerate(texts) if i % 50]
+    size = sum(map(len, held_out))
+    print(f"corpus: {sum(map(len, texts)):,} characters and {size:,} held out")
+    for chars in map(int, config.chars):
+        with tempfile.TemporaryDirectory() as name:
+            corpus, ours, theirs = (Path(name) / file for file in ("corpus.jsonl", "ours", "theirs.json"))
+            write_documents(corpus, lengthened(texts, chars))
+            options = ("--kind", "bytebpe", "--vocab_size", config.vocab_size, "--max_chars", 10**12)
+            commands = {"ours": ("tokenizer.py", "train", corpus, *options, "--out", ours)}
+            if config.peer:
+                commands["tokenizers"] = ("-c", PEER, corpus, split_pattern(), config.vocab_size, theirs)
+            for side, command in commands.items():
+                took = watch(*command)
+                path = theirs if side == "tokenizers" else ours / "tokenizer.json"
+                encode = tokenizers.Tokenizer.from_file(str(path)).encode
+                ids = sum(len(encode(text, add_special_tokens=False).ids) for text in held_out)
+                said = re.findall(r"[\d,]+ distinct pre-tokens", took.output)
+                print(
+                    f"{chars:,} characters, {side:10}: {took.seconds:.0f} s, {took.cpu:.0f} CPU s, "
+                    f"{took.memory / 1e9:.2f} GB, {size / ids:.4f} characters per token",
+                    *said,
+                    flush=True,
+                )
+
+
+def lengthened(texts: list[str], chars: int) -> Iterator[str]:
+    """Yield texts of `chars` characters in all: the given ones, then clauses cut inside and joined anew.
+
+    So words stay words, and whole clauses, the pre-tokens of Chinese, are ever new ones, as in real text.
+    """
+    for text in texts:
+        yield text[:chars]
+        chars -= len(text)
+        if chars <= 0:
+            return
+    rng = random.Random(0)
+    clauses = [c for text in texts for c in re.findall(r"[\u4e00-\u9fff]{4,}", text)]
+    while chars > 0:
+        pairs = (rng.sample(clauses, 2) for _ in range(40))
+        halves = ((a[: rng.randrange(1, len(a))], b[rng.randrange(1, len(b)) :]) for a, b in pairs)
+        text = "，".join(a + b for a, b in halves)[: chars - 1] + "。"
+        yield text
+        chars -= len(text)
+
+
+@dataclass
+class CleanBench:
+    corpus: tyro.conf.Positional[tuple[str, ...]]  # files of documents, or folders of them
+    tokens: float = 6e5  # to train each model on
+    seeds: int = 3  # models of each kind
+    vocab_size: int = 4096  # of the one tokenizer
+    held_out: float = 0.03  # share of the documents that the models are scored on
+
+
+def clean(config: CleanBench) -> None:
+    """Train the demo model on raw and on cleaned documents; score both on held-out ones, raw and cleaned.
+
+    The same tokenizer, tokens and seeds. Bits are per byte of the raw text, whichever form is coded: what
+    cleaning takes away is not counted as a gain. Held-out documents are repaired, but none is dropped.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, parts = Path(name), ([], [])
+        for text in common.documents(config.corpus):
+            draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+            parts[draw < config.held_out].append(text)
+        write_documents(folder / "raw.jsonl", parts[0])
+        watch("clean.py", folder / "raw.jsonl", "--out", folder / "cleaned")
+        options = ("--vocab_size", config.vocab_size, "--out", folder / "tok")
+        watch("tokenizer.py", "train", folder / "raw.jsonl", *options)
+        sources = {"raw": folder / "raw.jsonl", "cleaned": folder / "cleaned"}
+        for side, source in sources.items():
+            options = ("--tokenizer", folder / "tok", "--val_ratio", 0, "--out", folder / f"packed-{side}")
+            watch("data.py", "pack", source, *options)
+            report = common.read_json(folder / f"packed-{side}" / "shards.json")["train"]
+            print(f"{side}: {report['documents']:,} documents, {report['tokens']:,} tokens")
+        tests = {"raw": parts[1], "cleaned": list(map(clean_text, parts[1]))}
+        size = sum(len(text.encode()) for text in parts[1])
+        changed = sum(map(operator.ne, *tests.values()))
+        print(
+            f"held out: {len(parts[1]):,} documents, {size:,} bytes, {changed:,} of them changed by the rules"
+        )
+        for seed in range(1, config.seeds + 1):
+            for side in sources:
+                run = folder / f"run-{side}-{seed}"
+                schedule = "--lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02 --eval_every 0"
+                shape = (
+                    f"--preset demo --row_tokens 256 --tokens_per_step 4096 --tokens {config.tokens} --keep 1"
+                )
+                options = (*schedule.split(), *shape.split(), "--seed", seed, "--save_every", 0)
+                watch("train.py", "--data", folder / f"packed-{side}", "--out", run, *options)
+                figures = [
+                    f"{bits_per_byte(run, texts, 256, size):.4f} on {form}" for form, texts in tests.items()
+                ]
+                print(f"seed {seed}, trained on {side:7}: bits per byte {', '.join(figures)}", flush=True)
+
+
+@dataclass
+class DedupBench:
+    corpus: tyro.conf.Positional[tuple[str, ...]]  # files of documents, or folders of them
+    documents: int = 1_000_000  # of about 100 characters to clean
+    pairs: int = 1000  # of near-copies for each kind of edit
+
+
+def dedup(config: DedupBench) -> None:
+    """Clean and de-duplicate short documents: time, memory, and which near-copies are found.
+
+    The documents are sentences of the corpus in new order; a sixth are copies with 2 % of the characters
+    edited, a fortieth whole copies. True similarity is the Jaccard index of all 5-character shingles.
+    """
+    rng, texts = random.Random(0), common.documents(config.corpus)
+    sentences = list(
+        dict.fromkeys(s for text in texts for s in re.findall("[^。！？\n]{4,60}[。！？]", text))
+    )
+    find_copies(rng, sentences, config.pairs)
+    with tempfile.TemporaryDirectory() as name:
+        source = Path(name) / "in.jsonl"
+        write_documents(source, itertools.islice(short_documents(rng, sentences), config.documents))
+        took = watch("clean.py", source, "--min_han", 0, "--out", Path(name) / "out")
+        bars = re.findall(r"([\w-]+): 100%[^\n\r]*\[([\d:]+)<", took.output)
+        print(
+            f"{config.documents:,} documents, {source.stat().st_size / 1e6:,.0f} MB: {took.seconds:.0f} s, ",
+            end="",
+        )
+        print(f"{took.memory / 1e9:.2f} GB;", *(f"{name} {clock}" for name, clock in bars))
+        print(f"  {took.output.strip().splitlines()[-1]}")
+
+
+def short_documents(rng: random.Random, sentences: list[str]) -> Iterator[str]:
+    """Yield documents of a few sentences without end, and copies of some."""
+    while True:
+        yield (text := "".join(few_sentences(rng, sentences)))
+        if rng.random() < 0.2:
+            yield edit(rng, text, 0.02)
+        if rng.random() < 0.03:
+            yield text
+
+
+def few_sentences(rng: random.Random, sentences: list[str]) -> list[str]:
+    """Draw sentences of 90 characters or a little more."""
+    few = []
+    while sum(map(len, few)) < 90:
+        few.append(rng.choice(sentences))
+    return few
+
+
+def edit(rng: random.Random, text: str, rate: float) -> str:
+    """Delete, replace or insert a share of the characters."""
+    new = lambda: chr(rng.randint(0x4E00, 0x9FA5))
+    return "".join(c if rng.random() >= rate else rng.choice(["", new(), c + new()]) for c in text)
+
+
+def find_copies(rng: random.Random, sentences: list[str], count: int) -> None:
+    """Print the share of near-copies found by kind of edit; recall and precision by true similarity."""
+    shuffled = lambda part: rng.sample(part, len(part))
+    kinds = {"characters in disorder": lambda few: "".join(shuffled("".join(few)))}
+    kinds |= {"last sentence first": lambda few: "".join([few[-1], *few[:-1]])}
+    kinds |= {"a sentence deleted": lambda few: "".join(few[:-1])}
+    for percent in range(1, 16):
+        kinds[f"{percent} % edited"] = lambda few, rate=percent / 100: edit(rng, "".join(few), rate)
+    drawn = [(kind, few_sentences(rng, sentences)) for kind in kinds for _ in range(count)]
+    pairs = [["".join(few), kinds[kind](few)] for kind, few in drawn]
+    texts = [comparable(text) for pair in pairs for text in pair]
+    alive = np.arange(len(texts))
+    labels = near_duplicates(signatures(texts), alive, 0 * alive, CleanConfig.threshold)
+    found = labels[::2] == labels[1::2]
+    sets = [{t[i : i + SHINGLE] for i in range(len(t) - SHINGLE + 1)} for t in texts]
+    true = np.array([len(a & b) / len(a | b) for a, b in zip(sets[::2], sets[1::2])])
+    for i, kind in enumerate(kinds):
+        part = slice(i * count, (i + 1) * count)
+        print(f"  {kind}: {found[part].mean():.1%} found, mean similarity {true[part].mean():.2f}")
+    positive, negative = true >= 0.75, (true >= 0.3) & (true <= 0.55)
+    right, wrong = found[positive].sum(), found[negative].sum()
+    print(f"similarity over 0.75: {right} of {positive.sum()} found (recall {right / positive.sum():.4f})")
+    print(f"0.3 to 0.55: {wrong} of {negative.sum()} found (precision {right / (right + wrong):.4f})")
+
+
+def write_documents(path: Path, texts: Iterable[str], size: float = math.inf) -> None:
+    """Write texts as .jsonl until the file has `size` bytes."""
+    with open(path, "wb") as file:
+        for text in texts:
+            file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
+            if file.tell() >= size:
+                break
+
+
+class Watched(NamedTuple):
+    """What a script took: seconds, CPU seconds of all cores, peak anonymous memory in bytes; its output."""
+
+    seconds: float
+    cpu: float
+    memory: int
+    output: str
+
+
+def watch(*arguments) -> Watched:
+    """Run Python with these arguments, in the folder of our scripts, to its end.
+
+    The memory of all its processes is looked at five times a second; shared pages count once. Linux only.
+    """
+    start, before, peak = time.perf_counter(), os.times(), 0
+    with tempfile.TemporaryFile("w+") as file:
+        command = [sys.executable, *map(str, arguments)]
+        process = subprocess.Popen(command, cwd=Path(__file__).parent, stdout=file, stderr=file)
+        while process.poll() is None:
+            peak = max(peak, sum(map(anonymous_bytes, family(process.pid))))
+            time.sleep(0.2)
+        seconds, after = time.perf_counter() - start, os.times()
+        file.seek(0)
+        output = file.read()
+    if process.returncode:
+        raise ValueError(f"{arguments[0]} failed: {output[-2000:]}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Watched(seconds, cpu, peak, output)
+
+
+def family(pid: int) -> list[int]:
+    """List a process and all that descend from it."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it has ended
+        return []
+    return [pid, *(p for child in children for p in family(int(child)))]
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Anonymous memory of a process; what it shares with others counts in parts."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+
+
+def encoding(title: str, folder: Path, documents: list[str], size: int, rounds: int) -> None:
+    """Encode documents with our tokenizer and with `tokenizers`; print both speeds, and whether ids agree."""
+    import tokenizers
+
+    peer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    sides = {
+        "tokenizers": lambda text: peer.encode(text, add_special_tokens=False).ids,
+        "ours": load_tokenizer(folder).encode,
+    }
+
+    def timed(encode) -> float:
+        start = time.process_time()
+        for text in documents:
+            encode(text)
+        return time.process_time() - start
+
+    differ = sum(sides["ours"](text) != sides["tokenizers"](text) for text in documents)
+    seconds = alternate(rounds, **{name: functools.partial(timed, side) for name, side in sides.items()})
+    theirs, ours = (size / 1e6 / seconds[name] for name in ("tokenizers", "ours"))
+    ids = f"other ids in {differ} documents" if differ else "the same ids"
+    print(f"  {title:14} ours {ours:.2f}, tokenizers {theirs:.2f}: {ours / theirs:.2f} x ({ids})")
 
 
 if __name__ == "__main__":
-    common.run(train, decode, world, bits, doc=__doc__)
+    common.run(train, decode, world, bits, data, bpe, clean, dedup, doc=__doc__)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From raw Chinese text to a model that writes, on a CPU: corpus -> tokenizer -> pack -> pretrain -> sample.
+# From raw Chinese text to a model that writes, on a CPU: corpus -> clean -> tokenizer -> pack -> pretrain -> sample.
 #   bash speedrun.sh                  the token budget is chosen by a quick probe of this machine
 #   bash speedrun.sh --budget full    full | half | quarter | tiny (tiny: seconds, for continuous integration)
 set -euo pipefail
@@ -37,9 +37,10 @@ stage() {  # stage NAME COMMAND...: run it, its output goes to NAME.log, one lin
 }
 
 stage corpus "$PYTHON" demo_corpus.py --out "$out/demo"
-stage tokenizer "$PYTHON" tokenizer.py train "$out/demo/pretrain" --vocab_size 3072 \
+stage clean "$PYTHON" clean.py "$out/demo/pretrain" --out "$out/clean"
+stage tokenizer "$PYTHON" tokenizer.py train "$out/clean" --vocab_size 3072 \
     --character_coverage 1 --out "$out/tok"
-stage pack "$PYTHON" data.py pack "$out/demo/pretrain" --tokenizer "$out/tok" --out "$out/shards"
+stage pack "$PYTHON" data.py pack "$out/clean" --tokenizer "$out/tok" --out "$out/shards"
 
 train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
        --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02 --save_every 0 --eval_every 100)

@@ -66,3 +66,62 @@ def test_train_and_decode_benches_agree_with_transformers():
     )
     assert done.returncode == 0 and "x transformers" in done.stdout, done.stderr
     assert int(re.search(r"the first (\d+) agree", done.stdout)[1]) >= 1
+
+
+def test_lengthened_text_begins_with_the_given_one_and_joins_halves_of_its_clauses():
+    texts = ["今天天气很好，我们去公园散步。", "他在河边看见一只白鹭，慢慢走过去。"]
+    whole = list(bench.lengthened(texts, 5000))
+    assert whole[:2] == texts and sum(map(len, whole)) == 5000
+    clauses = re.findall(r"[\u4e00-\u9fff]+", "".join(texts))
+    halves = {a[:i] + b[j:] for a in clauses for b in clauses for i in range(len(a)) for j in range(len(b))}
+    assert set(whole[2].rstrip("。").split("，")[:-1]) <= halves and len(set(whole)) > 10
+    assert "".join(bench.lengthened(texts, 7)) == texts[0][:7]
+
+
+def test_what_a_script_took_is_measured_and_its_failure_told():
+    took = bench.watch("-c", "import time; x = bytearray(300_000_000); time.sleep(1); print('done')")
+    assert took.output == "done\n" and took.seconds > 1 and took.cpu < took.seconds
+    assert 290e6 < took.memory < 400e6
+    with pytest.raises(ValueError, match="-c failed: .*no such luck"):
+        bench.watch("-c", "raise SystemExit('no such luck')")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "corpus.jsonl"
+    run_script("demo_corpus.py", "--out", path.parent / "demo", "--size_mb", "3")
+    lines = (path.parent / "demo" / "pretrain" / "world.jsonl").read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[::8]))
+    return path
+
+
+def test_data_bench_gives_the_ids_of_tokenizers_and_packs(corpus):
+    flags = "--vocab_size 2500 --learn_chars 100000 --encode_mb 0.02 --pack_mb 1 --rounds 1".split()
+    done = run_script("bench.py", "data", corpus, *flags, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("(the same ids)") == 3 and done.stdout.count("MB of memory at most") == 2
+
+
+def test_bpe_bench_learns_what_tokenizers_learns(corpus):
+    done = run_script("bench.py", "bpe", corpus, "--chars", "60000", "--vocab_size", "800")
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (line for line in done.stdout.splitlines() if "CPU s" in line)
+    rates = [float(re.search(r"([\d.]+) characters per token", line)[1]) for line in (ours, theirs)]
+    assert rates[0] == rates[1] > 0.5 and "distinct pre-tokens" in ours
+
+
+def test_clean_bench_scores_both_models_on_both_forms(corpus):
+    flags = "--tokens 8192 --seeds 1 --vocab_size 2500 --held_out 0.005".split()
+    done = run_script("bench.py", "clean", corpus, *flags, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    figures = [float(x) for x in re.findall(r"(\d\.\d+) on (?:raw|cleaned)", done.stdout)]
+    assert len(figures) == 4 and all(0.5 < x < 8 for x in figures)
+
+
+def test_dedup_finds_near_copies_and_no_others(corpus):
+    flags = (corpus, "--documents", 300, "--pairs", 30)
+    done = run_script("bench.py", "dedup", *flags, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"recall ([\d.]+)", done.stdout)[1]) >= 0.95
+    assert float(re.search(r"precision ([\d.]+)", done.stdout)[1]) >= 0.95
+    assert "characters in disorder: 0.0% found" in done.stdout and "300 documents" in done.stdout
