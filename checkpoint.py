@@ -708,7 +708,7 @@ def resize_model(
     if size < height and not shrink:
         raise ValueError(
             f"the table has {height} rows, and {new.vocab_size} tokens need only {size}; --shrink drops the "
-            "rest, which no token uses; or round up with a larger --multiple"
+            f"rest, which no token uses; --multiple {height} keeps the table as large as it is"
         )
 
     def resized(table: torch.Tensor) -> torch.Tensor:

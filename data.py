@@ -18,7 +18,8 @@ Rows may have several lengths (buckets), so that a long document stays whole and
 row: each row takes the shortest length that its first document, and what fits beside it, nearly fill. Rows of
 one length collect until they make a step, so steps of all lengths come as chance has it, with equal tokens.
 
-Step s takes the global rows [s·N, (s+1)·N), rank r of W materialises rows r, r+W, … of them. All ranks hold
+With one length step s takes the global rows [s·N, (s+1)·N). Rank r of W materialises rows r, r+W, … of a
+step. All ranks hold
 the same small state (an epoch, a position, a few waiting documents, the rows of steps that are not yet full),
 so a run resumes exactly, on any number of ranks.
 
@@ -319,12 +320,11 @@ class RowStream:
     `documents` are those to read; None: all.
 
     What best-fit costs beside a plain stream, which cuts a document wherever a row ends: 30 to 90 us a row,
-    5 KB of state, and empty positions: in the long run 0.7, 0.2 and 0.1 % in rows of 512, 2048 and 4096 for
-    lengths as on the web (log-normal, median 450 tokens, sigma 1.1), 1.8 % for 20 to 400 tokens in rows of
-    512. A larger WAITING gains little. Where most documents are longer than half a row, hardly anything
-    fits beside them and a tenth or more stays empty: give longer rows besides. Rows of 2k, 4k, 8k and 16k
-    tokens leave 0.1 to 0.3 % empty on log-normal lengths; where every other document has 2100 to 2900 tokens,
-    0.9 % (rows of 4096 alone: 34), where all have, 6.7 % (39).
+    5 KB of state (more where 256 documents do not make two of the longest rows), and empty positions: in the
+    long run 0.7, 0.2 and 0.1 % in rows of 512, 2048 and 4096 for lengths as on the web (log-normal, median
+    450 tokens, sigma 1.1), 1.8 % for 20 to 400 tokens in rows of 512. A larger WAITING gains little. Where
+    most documents are longer than half a row, hardly anything fits beside them and a tenth stays empty: give
+    longer rows besides.
     """
 
     def __init__(
@@ -345,6 +345,7 @@ class RowStream:
         self.tokens = 0  # in all rows so far
         self.waiting: dict[int, Piece] = {}  # number of arrival -> piece, the oldest first
         self.by_length: list[tuple[int, int]] = []  # (tokens, -arrival), sorted: the last is the longest
+        self.held = 0  # tokens that wait
 
     def state(self) -> dict:
         """Everything that the next rows depend on, as JSON."""
@@ -357,6 +358,7 @@ class RowStream:
         self.tokens = state["tokens"]
         self.waiting = {n: tuple(piece) for n, piece in enumerate(state["waiting"])}
         self.by_length = sorted((piece[2], -n) for n, piece in self.waiting.items())
+        self.held = sum(piece[2] for piece in self.waiting.values())
 
     def epochs(self) -> dict[str, float]:
         """Say how many passes over the documents the rows so far amount to."""
@@ -364,8 +366,7 @@ class RowStream:
 
     def _refill(self) -> None:
         arrival = next(reversed(self.waiting), -1)
-        held = sum(count for count, _ in self.by_length)
-        while len(self.waiting) < WAITING or held < 2 * self.row:
+        while len(self.waiting) < WAITING or self.held < 2 * self.row:
             if self.position == len(self.documents):
                 if not self.shuffle:
                     return
@@ -379,7 +380,7 @@ class RowStream:
             arrival += 1
             self.waiting[arrival] = (document, self.start, count)
             bisect.insort(self.by_length, (count, -arrival))
-            held += count
+            self.held += count
             self.start += count
             if self.start == length:
                 self.position, self.start = self.position + 1, 0
@@ -403,7 +404,8 @@ class RowStream:
         pieces = [self.waiting.pop(-self.by_length[at][1]) for at in chosen]
         for at in sorted(chosen, reverse=True):
             del self.by_length[at]
-        self.tokens += sum(count for _, _, count in pieces)
+        tokens = sum(count for _, _, count in pieces)
+        self.tokens, self.held = self.tokens + tokens, self.held - tokens
         return pieces
 
     def _best_fit(self, first: int, length: int) -> tuple[list[int], int]:
@@ -541,12 +543,15 @@ def collate(shards: Shards, rows: list[list[Piece]], width: int) -> dict:
 class Batches:
     """The micro-batches of every optimizer step for one rank, with the state that resumes them exactly.
 
-    Step s takes the global rows [s·rows_per_step, (s+1)·rows_per_step); rank r takes rows r, r + W, … of
-    them, in micro-batches of `micro_rows`. Iterating yields a list of batches (dicts) per step.
+    Step s takes the global rows [s·rows_per_step, (s+1)·rows_per_step) where all are of one length; rank r
+    takes rows r, r + W, … of a step, in micro-batches of `micro_rows`. Iterating yields a list of batches
+    (dicts) per step.
 
     Where rows have several lengths, both numbers are of the longest, and of shorter rows as many more make
     the same tokens. The first length of which there are enough rows makes the next step; the others, less
     than a step of each, stay for later ones (so `epochs`, and new weights of a Mixture, are ahead by them).
+    What waits when a run ends was not trained: in a run of a hundred steps all documents of a length that has
+    under 1 % of the tokens. Take fewer tokens a step for short runs.
     """
 
     def __init__(
@@ -582,7 +587,7 @@ class Batches:
     def state(self) -> dict:
         """The position in the stream, as JSON; the same on every rank."""
         ready = [[list(piece) for piece in row] for rows in self.ready.values() for row in rows]
-        return self.stream.state() | {"ready": ready}
+        return self.stream.state() | {"ready": ready}  # empty where all rows are of one length
 
     def load_state(self, state: dict) -> None:
         """Go on where `state` was taken, on any number of ranks."""

@@ -250,23 +250,6 @@ def normalizing(spec: dict, where: str) -> Callable[[str], str]:
     raise ValueError(f"{where}: normalizer {kind!r} is not supported")
 
 
-def cut(pattern, text: str, gaps: bool = True) -> list[str]:
-    """Cut text at the matches of a pattern: each is a piece, and what lies between two, unless gaps=False."""
-    if not pattern.groups:  # the common case, three times as fast: the matches are all of the text
-        pieces = list(filter(None, pattern.findall(text)))
-        if not gaps or sum(map(len, pieces)) == len(text):
-            return pieces
-    pieces, at = [], 0
-    for match in pattern.finditer(text):
-        start, end = match.span()
-        if start > at and gaps:
-            pieces.append(text[at:start])
-        if end > start:
-            pieces.append(text[start:end])
-        at = end
-    return pieces + [text[at:]] * (gaps and at < len(text))
-
-
 def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
     """Make a function of one pre_tokenizer: (piece, does the text begin with it) -> pieces."""
     kind, behavior, gaps = spec["type"], spec.get("behavior", "Isolated"), True
@@ -288,11 +271,20 @@ def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
     else:
         raise ValueError(f"{where}: pre_tokenizer {kind!r} is not supported")
 
+    def cut(text: str) -> list[str]:  # each match is a piece, and what lies between two
+        spans = [0, *(place for match in pattern.finditer(text) for place in match.span()), len(text)]
+        return [text[a:b] for a, b in itertools.pairwise(spans)]
+
+    if pattern and not gaps:
+        cut = pattern.findall
+    elif pattern and not pattern.groups:
+        cut = compiled(f"({pattern.pattern})", where).split  # the same, twice as fast
+
     def split(text: str, first: bool) -> list[str]:
         text = text.replace(" ", mark) if mark else text
         if (scheme == "always" or (scheme == "first" and first)) and not text.startswith(mark):
             text = mark + text
-        return cut(pattern, text, gaps) if pattern else [text]
+        return list(filter(None, cut(text))) if pattern else [text]
 
     return split
 
@@ -506,8 +498,13 @@ class BpeBackend:
         """Give a tiktoken encoding of the same vocabulary; None where its rule or the package is missing."""
         try:
             import tiktoken
+
+            if tuple(map(int, tiktoken.__version__.split(".")[:2])) < (0, 13):
+                raise ImportError("its time grows with the square of a piece's length")
         except ImportError:
-            announce("encoding in pure Python, many times slower than with tiktoken (pip install tiktoken)")
+            announce(
+                "encoding in pure Python, many times slower than with tiktoken (pip install -U tiktoken)"
+            )
             return None
         made = [i for _, i in self.ranks.values()]
         ids = [*(self.id_of.get(letter) for letter in LETTER.values()), *made]
@@ -564,11 +561,15 @@ class BpeBackend:
                     ids.append(self.added_id[section])
                     continue
                 pieces = self.pieces(section, n == m == 0)
-                if self.tiktoken and "\0" not in section:  # one call for all: a call costs as much as a piece
-                    ids += self.tiktoken.encode_ordinary("\0".join(pieces))
-                    continue
-                for piece in pieces:
-                    ids += self.cached(piece) if len(piece) < 64 else self.encode_piece(piece)
+                runs = [(bool(self.tiktoken), pieces)]
+                if "\0" in section:  # which parts the pieces in what tiktoken gets
+                    runs = itertools.groupby(pieces, lambda piece: self.tiktoken and "\0" not in piece)
+                for fast, group in runs:
+                    if fast:  # one call for many: a call takes as long as a piece
+                        ids += self.tiktoken.encode_ordinary("\0".join(group))
+                        continue
+                    for piece in group:
+                        ids += self.cached(piece) if len(piece) < 64 else self.encode_piece(piece)
         return ids
 
     def pieces(self, text: str, first: bool = True) -> list[str]:
@@ -1397,7 +1398,9 @@ def extend(config: Extend) -> None:
     if config.corpus:
         sizes = [measure(t, texts_up_to(config.corpus, 1_000_000)) for t in (old, new)]
         before, after = (len(ids) / max(size, 1) for size, _, ids in sizes)
-        line += f"; tokens per character of the new text {before:.3f} -> {after:.3f}"
+        occur = len({i for i in sizes[1][2] if i >= old.vocab_size})
+        # the others are parts of longer pieces, or are joined otherwise because old merges come first
+        line += f"; tokens per character of the new text {before:.3f} -> {after:.3f}, {occur} new ones occur"
     print(line)
 
 
@@ -1517,6 +1520,11 @@ def extended_json(
         )
     pieces = [data or text.encode() for data, text in zip(backend.token_bytes, backend.texts)]
     pieces += [text.encode() for text in specials]
+    if clash := [text for text in specials if text in vocab]:
+        raise ValueError(
+            f"--specials: {clash[0]!r} is how tokenizer.json writes the bytes of token {vocab[clash[0]]}; "
+            "take another name"
+        )
     vocab |= {text: i for i, text in enumerate(specials, old.vocab_size)}
     if wanted:
         start, size = len(pieces), len(pieces) + wanted

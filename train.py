@@ -53,7 +53,16 @@ from data import (
     validation_batches,
 )
 from generate import Sampling, generate
-from model import FROM_TOKENIZER, PRESETS, ModelConfig, build, flops_per_token, init_weights, num_params
+from model import (
+    FROM_TOKENIZER,
+    PRESETS,
+    Model,
+    ModelConfig,
+    build,
+    flops_per_token,
+    init_weights,
+    num_params,
+)
 from parallel import gradient_sync, parallelize, unwrap
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -283,9 +292,10 @@ def _resume(run: Path, model, optimizer, batches, process, identity: dict) -> tu
     """Restore the newest whole step; ValueError if it was trained on something else."""
     folder = checkpoint.newest_step(run, process)
     extra = checkpoint.read_manifest(folder)["extra"]
-    changed = [k for k in identity if extra["identity"].get(k) != identity[k]]
+    saved = extra["identity"]
+    changed = [k for k in saved | identity if saved.get(k) != identity.get(k)]
     if changed:
-        lines = [f"  {k}: {extra['identity'].get(k)!r} when saved, {identity[k]!r} now" for k in changed]
+        lines = [f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in changed]
         raise ValueError("\n".join([f"{folder} cannot be resumed, because this changed:", *lines]))
     checkpoint.load_step(folder, model, optimizer, process)
     if process.first:
@@ -505,9 +515,11 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     if cfg.init:
         folder = checkpoint.model_folder(cfg.init)
         config = checkpoint.read_config(folder)
-        if (folder / "tokenizer.model").exists() and load_tokenizer(folder).digest != tokenizer.digest:
+        held = any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json"))
+        if held and load_tokenizer(folder).digest != tokenizer.digest:
             raise ValueError(
-                f"{folder} has another tokenizer than the data was packed with; pack with {folder}"
+                f"{folder} has another tokenizer than the data was packed with; pack with {folder}, or give "
+                "it rows for an extended tokenizer: checkpoint.py resize"
             )
     elif cfg.preset in PRESETS:
         config = PRESETS[cfg.preset]
@@ -557,6 +569,8 @@ def freeze(model: nn.Module, only: str) -> None:
     A tied head is the embedding under a second name. ValueError for a word that is in no name.
     """
     words = [word.strip() for word in only.split(",") if word.strip()]
+    if only and not words:
+        raise ValueError(f"--only {only}: names no parameter")
     named = list(model.named_parameters(remove_duplicate=False))
     for word in words:
         if not any(word in name for name, _ in named):
@@ -623,7 +637,7 @@ def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> P
 
 
 def describe(
-    config: ModelConfig,
+    model: Model,
     p: Plan,
     lengths: list[int],
     shards: Shards,
@@ -631,7 +645,9 @@ def describe(
     weights: dict | None = None,
 ) -> None:
     """Print what is about to happen, before anything does."""
+    config = model.config
     n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
+    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
     flops = flops_per_token(config, p.row_tokens)
     accumulation = p.rows_per_step // (p.micro_rows * process.world)
     print(
@@ -647,7 +663,10 @@ def describe(
     if weights:
         passes = {name: w * tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
         print(f"mixture: {', '.join(f'{n} {w:.1%} ({passes[n]:.2f} epochs)' for n, w in weights.items())}")
-    print(f"memory: {16 * n / 1e9:.2f} GB a rank for weights, gradients and moments, before activations")
+    memory = (4 * n + 12 * trained) / 1e9
+    print(f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations")
+    if trained < n:
+        print(f"only {trained:,} parameters are trained: fewer FLOPs than those stated")
     cuts = (f"{p.micro_rows * p.row_tokens // n} rows{f' x {n}' if lengths[1:] else ''}" for n in lengths)
     print(f"a step: {process.world} ranks x {accumulation} micro-batches x {' or '.join(cuts)}")
     matrices = flops_per_token(config, 0) / 6
@@ -672,13 +691,13 @@ def main(cfg: TrainConfig) -> None:
     shards = Shards(folders, "train")
     p, lengths = plan(cfg, config, shards, process.world), row_lengths(cfg, config)
     weights = starting_weights(cfg, shards, typed)
+    model = build(config, device="meta")
+    freeze(model, cfg.only)
     if process.first:
-        describe(config, p, lengths, shards, process, None if cfg.resume else weights)
+        describe(model, p, lengths, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
 
-    model = build(config, device="meta")
-    freeze(model, cfg.only)
     model = parallelize(model, process, cfg.compile)
     unwrap(model).known_vocab = tokenizer.vocab_size
     if not checkpoint.saved_steps(run):  # else `fit` restores them
@@ -706,17 +725,21 @@ def main(cfg: TrainConfig) -> None:
         identity={
             "data": shards.fingerprint,
             "model": dataclasses.asdict(config),
-            "row_tokens": lengths,
+            "row_tokens": lengths if lengths[1:] else lengths[0],
             "rows_per_step": p.rows_per_step,
             "seed": cfg.seed,
-            "only": cfg.only,
+            **({"only": cfg.only} if cfg.only else {}),
             "mixture": list(weights) if cfg.mixture else weights,  # a file's weights may change
         },
         settings=settings,
         tokenizer=tokenizer,
-        flops=lambda batch: flops_per_token(config, batch["ids"].shape[1]),
+        # with --only some products have no gradient: no MFU rather than a wrong one
+        flops=None if cfg.only else lambda batch: flops_per_token(config, batch["ids"].shape[1]),
         first_loss=0.0 if cfg.init else math.log(config.vocab_size),
     )
+    left = ", ".join(f"{len(rows)} of {n} tokens" for n, rows in batches.ready.items() if rows)
+    if process.first and left:
+        print(f"rows that wait, each length for a whole step, and were not trained: {left}")
     common.finish_process(code)
 
 

@@ -242,7 +242,7 @@ def test_missing_tiktoken_is_announced_once(ours, capsys):
     tok.announce.cache_clear()
     for _ in range(3):
         in_python(ours["plain"].files)
-    assert capsys.readouterr().err.count("pip install tiktoken") == 1
+    assert capsys.readouterr().err.count("pip install -U tiktoken") == 1
 
 
 def test_missing_regex_is_explained(ours, monkeypatch):

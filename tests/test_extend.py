@@ -368,6 +368,16 @@ def test_special_tokens_alone_change_no_id_of_any_text(pairs, foreign, tmp_path)
         assert new.decode(last, skip_special=False) == "".join(YAYI) and new.decode(last) == ""
 
 
+def test_a_special_token_written_like_bytes_of_an_old_one_is_refused(pairs, tmp_path):
+    """tokenizer.json writes the bytes E4 BD as ä½: a token of that name would take the old one's place."""
+    old = load_tokenizer(pairs["bytebpe"][0])
+    letters = next(
+        text for text in json.loads(old.files["tokenizer.json"])["model"]["vocab"] if "ä" in text[:-1]
+    )
+    with pytest.raises(ValueError, match="is how tokenizer.json writes the bytes of token"):
+        tok.extend(tok.Extend(str(pairs["bytebpe"][0]), str(tmp_path / "t"), specials=letters))
+
+
 def test_extending_twice_keeps_all_special_tokens(pairs, tmp_path):
     for kind in ("bpe", "bytebpe"):
         extend(Extend(str(pairs[kind][1]), str(tmp_path / kind), specials="<|c|>"))
@@ -474,8 +484,9 @@ def test_command_line_says_what_was_added_and_what_it_saves(pairs, corpus, tmp_p
     assert done.returncode == 0, done.stderr
     old, new = load_tokenizer(pairs["bpe"][0]), load_tokenizer(tmp_path / "t")
     before, after = (sum(len(t.encode(x)) for x in NEW) / sum(map(len, NEW)) for t in (old, new))
+    occur = len({i for x in NEW for i in new.encode(x) if i >= 480})
     assert done.stdout.strip().endswith(
-        f"2 special tokens and 78 pieces after 480 old tokens; tokens per character of the new text {before:.3f} -> {after:.3f}"
+        f"2 special tokens and 78 pieces after 480 old tokens; tokens per character of the new text {before:.3f} -> {after:.3f}, {occur} new ones occur"
     )
     assert new.digest == load_tokenizer(pairs["bpe"][1]).digest  # and the same text gives the same bytes
     done = run_script(*args, "--out", tmp_path / "t")

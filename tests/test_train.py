@@ -256,6 +256,21 @@ def test_only_the_named_parameters_train_and_the_run_resumes(shards, finished, t
     assert changed == {"embed_tokens.weight", "lm_head.weight"} & before.keys()
     done = run(shards, tmp_path / "no", "--only", "embedding", expect=2)
     assert "--only embedding: in no parameter's name" in done.stderr
+    done = run(shards, tmp_path / "cut", "--resume", "--only", "embed_tokens", expect=2)
+    assert "only: 'embed_tokens,lm_head' when saved, 'embed_tokens' now" in done.stderr
+
+
+def test_init_refuses_data_of_another_byte_level_tokenizer(shards, tmp_path):
+    """Such a folder has no tokenizer.model; ids of another tokenizer would be learnt as if they were its own."""
+    corpus = shards.parent / "corpus.jsonl"
+    for name, size in (("a", 300), ("b", 310)):
+        tok.train(tok.Train((str(corpus),), out=str(tmp_path / name), vocab_size=size, kind="bytebpe"))
+    a, b = (tok.load_tokenizer(tmp_path / name) for name in "ab")
+    checkpoint.save_model(M.build(M.ModelConfig("llama", 320, 32, 1, 2, 64, 64)), tmp_path / "model", a)
+    cfg = train.TrainConfig(str(tmp_path / "run"), init=str(tmp_path / "model"))
+    assert train.model_config(cfg, a).vocab_size == 320
+    with pytest.raises(ValueError, match="another tokenizer than the data.*checkpoint.py resize"):
+        train.model_config(cfg, b)
 
 
 def test_a_saved_step_is_a_model_folder_with_its_tokenizer(finished):
