@@ -42,6 +42,7 @@ import hashlib
 import math
 import os
 import sys
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,9 +137,9 @@ def _start_worker(tokenizer: str, val_ratio: float) -> None:
 
 
 def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, list[tuple]]:
-    """Encode a block's documents; returns its bytes and per part (part, ids, [(tokens, bytes), …])."""
+    """Encode a block's documents; returns its bytes and per part (part, ids, (documents, 2) tokens, bytes)."""
     path, lines = block
-    parts: dict = {"train": ([], []), "val": ([], [])}
+    parts = {part: (array("I"), array("q")) for part in ("train", "val")}
     for line, raw in lines:
         text = common.parse_document(raw, path, line)
         if not text.strip():
@@ -147,9 +148,13 @@ def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, lis
         draw = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
         ids, sizes = parts["val" if draw < _worker["val_ratio"] else "train"]
         document = _worker["tokenizer"].encode_document(text)
-        ids.append(np.asarray(document, np.uint32))
-        sizes.append((len(document), len(data)))
-    done = [(part, np.concatenate(ids), sizes) for part, (ids, sizes) in parts.items() if ids]
+        ids.extend(document)
+        sizes.extend((len(document), len(data)))
+    done = [
+        (part, np.frombuffer(ids, np.uint32), np.frombuffer(sizes, np.int64).reshape(-1, 2))
+        for part, (ids, sizes) in parts.items()
+        if ids
+    ]
     return sum(len(raw) for _, raw in lines), done
 
 
@@ -161,8 +166,8 @@ class ShardWriter:
         self.file = None
         self.done: list[dict] = []
 
-    def add(self, ids: np.ndarray, sizes: list[tuple[int, int]]) -> None:
-        """Append documents: all their ids in a row, and (tokens, bytes) of each."""
+    def add(self, ids: np.ndarray, sizes: np.ndarray) -> None:
+        """Append documents: all their ids in a row, and (documents, 2) tokens and bytes of each."""
         if self.file is None:
             self.path = self.folder / f"{self.part}-{len(self.done):05d}.bin"
             self.file, self.digest, self.sizes = open(self.path, "wb"), hashlib.sha256(), []  # noqa: SIM115
