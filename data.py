@@ -137,7 +137,7 @@ def _start_worker(tokenizer: str, val_ratio: float) -> None:
 
 
 def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, list[tuple]]:
-    """Encode a block's documents; returns its bytes and per part (part, ids, (documents, 2) tokens, bytes)."""
+    """Encode a block's documents; returns its bytes and per part (part, ids, [[tokens, bytes], …] int64)."""
     path, lines = block
     parts = {part: (array("I"), array("q")) for part in ("train", "val")}
     for line, raw in lines:
