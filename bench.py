@@ -1,7 +1,8 @@
 """Speed and quality in figures: ours beside a peer, alternating in one run, medians and ratios.
 
-A machine that others share is fast one minute and slow the next. So both sides take turns within one process,
-each figure is a median, and the ceilings (a large matrix product, a large copy) are measured in the same run.
+A machine that others share is fast one minute and slow the next. So in `train`, `decode` and the encoding of
+`data` both sides take turns within one process, each figure is a median, and the ceilings of the first two (a
+large matrix product, a large copy) are measured in the same run. The others run one process after the other.
 
     python bench.py train      # optimizer steps beside transformers: same shape, weights, tokens, AdamW
     python bench.py decode     # greedy decoding, batch 1, beside transformers.generate
@@ -382,7 +383,7 @@ class DataBench:
 
 
 # cut at line ends, then around words, marks, runs of Han, digits: as the first DeepSeek models did
-STAGES = [r"[\r\n]", r"\s?\p{Latin}+", r"\s?[\p{P}\p{S}]+", r"\p{Han}+", r"\p{N}"]
+STAGE_PATTERNS = [r"[\r\n]", r"\s?\p{Latin}+", r"\s?[\p{P}\p{S}]+", r"\p{Han}+", r"\p{N}"]
 
 
 def data(config: DataBench) -> None:
@@ -395,11 +396,11 @@ def data(config: DataBench) -> None:
             watch("tokenizer.py", "train", folder / "learn.jsonl", *options)
         spec = common.read_json(folder / "bytebpe" / "tokenizer.json")
         split = spec["pre_tokenizer"]["pretokenizers"].pop(0)
-        stages = [split | {"pattern": {"Regex": pattern}} for pattern in STAGES]
+        stages = [split | {"pattern": {"Regex": pattern}} for pattern in STAGE_PATTERNS]
         spec["pre_tokenizer"]["pretokenizers"][:0] = stages
         common.write_json(folder / "stages" / "tokenizer.json", spec)
 
-        skip, size, documents = len(documents), 0, []  # other documents than those learnt from
+        skip, size, documents = len(documents), 0, []  # others than those learnt from, if there are
         for text in itertools.islice(itertools.cycle(common.documents(config.corpus)), skip, None):
             documents.append(text)
             size += len(text.encode())
@@ -511,9 +512,8 @@ class CleanBench:
 def clean(config: CleanBench) -> None:
     """Train the demo model on raw and on cleaned documents; score both on held-out ones, raw and cleaned.
 
-    The same tokenizer (learnt from the raw text), tokens and seeds. Bits are per byte of the raw text,
-    whichever form is coded: what cleaning takes away is not counted as a gain. Held-out documents are
-    repaired, but none is dropped.
+    The same tokenizer (learnt from the raw text), tokens and seeds. Held-out documents are repaired, but none
+    is dropped. Bits are per byte of the raw text: compare models within one form, where both code the same.
     """
     with tempfile.TemporaryDirectory() as name:
         folder, parts = Path(name), ([], [])

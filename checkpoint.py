@@ -662,7 +662,8 @@ VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # what h
 def new_rows(old: Tokenizer, new: Tokenizer, used: int) -> dict[int, list[int]]:
     """Map each token without a row among the first `used` to the ids into which the old tokenizer cuts it.
 
-    [] where it cannot spell it. ValueError names the first old id that means something else now.
+    The rows after those belong to no old token: they are padding. [] where it cannot spell it. ValueError
+    names the first old id that means something else now.
     """
 
     def spelt(tokenizer: Tokenizer, i: int) -> bytes | None:
@@ -695,7 +696,8 @@ def resize_model(
     the head's bias: the model goes on reading and writing about what it did (Hewitt 2021, "Initializing new
     word embeddings"). Where no old tokens spell it, and in padding rows, it is the mean of all old tokens'
     rows: the logit of a zero row, 0, can exceed all others; that of the mean row never exceeds the largest.
-    Old rows keep their bits, padding rows too; all other tensors are shared with `model`.
+    Rows of old tokens keep their bits, so do padding rows that no new token takes; all other tensors are
+    shared with `model`.
 
     ValueError: `new` does not extend `old`; the table would become smaller, and not `shrink`.
     """

@@ -5,9 +5,10 @@
 
 Text rules, in this order: mojibake control fullwidth replacement spaces simplify brackets quotes punctuation
 repeats boilerplate blank_lines final_mark. They change marks, spaces and variants of characters, never the
-sequence of Han characters, letters and digits (but for 繁→简, terminal colours and whole boilerplate lines).
-Lines without Chinese, and lines of code, stay as they are; Japanese, Korean and English lines with some
-Chinese keep their marks. In doubt nothing is changed. Cleaning twice gives what cleaning once gives.
+sequence of Han characters, letters and digits (but for mojibake, 繁→简, terminal colours and whole
+boilerplate lines). Lines without Chinese, and lines of code, get no more than mojibake, control, replacement
+and blank_lines; Japanese, Korean and English lines with some Chinese keep their marks. In doubt nothing is
+changed. Cleaning twice gives what cleaning once gives.
 
 Filters, each drops whole documents: damaged length han_share symbol_share repeated_lines repeated_grams
 keywords perplexity. Then exact_duplicates and near_duplicates, inside each input file first, then over all;
@@ -15,8 +16,9 @@ the longest copy stays. `--off NAME,NAME` switches any of them off.
 
 Near-duplicates share at least --threshold of their 5-character shingles. 256 MinHash values per document
 estimate that share (P[values agree] = Jaccard); bands of r values are the keys of a sort, and equal keys are
-candidates: found with probability 1 − (1 − Jʳ)^(256/r). Candidates are compared on all values, what agrees is
-joined. Memory: 512 bytes per document in a mapped file, about 250 beside it.
+candidates: found with probability 1 − (1 − Jʳ)^(256/r): for the threshold of 0.7, with r = 6 and 42 bands,
+99.5 % of those at 0.7 and 3 % of those at 0.3. Candidates are compared on all values, what agrees is joined.
+ Memory: 512 bytes per document in a mapped file, about 250 beside it.
 
 The folder gets one .jsonl per input file ({"text": …}) and report.json: counts and examples of every rule.
 
@@ -47,7 +49,7 @@ import tyro
 
 import common
 
-BLOCK = 200  # documents that a worker takes at a time
+BLOCK_DOCUMENTS = 200  # documents that a worker takes at a time
 EXAMPLES = 3  # before/after pairs per rule in the report
 
 # --- 1. what is prose, and what in it is not ----------------------------------------------------------------
@@ -757,7 +759,7 @@ def prepare(config: CleanConfig) -> Context:
 def _blocks(files: list[Path]) -> Iterator[tuple]:
     for source, path in enumerate(files):
         documents = common.raw_documents(path)
-        while block := list(itertools.islice(documents, BLOCK)):
+        while block := list(itertools.islice(documents, BLOCK_DOCUMENTS)):
             yield source, path, block
 
 

@@ -18,10 +18,9 @@ Rows may have several lengths (buckets), so that a long document stays whole and
 row: each row takes the shortest length that its first document, and what fits beside it, nearly fill. Rows of
 one length collect until they make a step, so steps of all lengths come as chance has it, with equal tokens.
 
-With one length step s takes the global rows [s·N, (s+1)·N). Rank r of W materialises rows r, r+W, … of a
-step. All ranks hold
-the same small state (an epoch, a position, a few waiting documents, the rows of steps that are not yet full),
-so a run resumes exactly, on any number of ranks.
+With one length, and N rows a step, step s takes the global rows [s·N, (s+1)·N). Rank r of W materialises
+rows r, r+W, … of a step. All ranks hold the same small state (an epoch, a position, a few waiting documents,
+the rows of steps that are not yet full), so a run resumes exactly, on any number of ranks.
 
     python data.py pack out/demo/pretrain --tokenizer out/tok --out out/shards
     python data.py check corpus.jsonl            # the first bad line, with file:line and why
@@ -55,9 +54,10 @@ import common
 from tokenizer import Tokenizer, load_tokenizer
 
 IGNORE = -100  # a target that is not trained
-WAITING = 256  # pieces that wait for a row, or as many as two rows take: a larger pool leaves smaller gaps
+# at least so many pieces wait for a row, and the tokens of two rows: a larger pool leaves smaller gaps
+WAITING = 256
 NEARLY_FULL = 0.99  # of a row: what it must hold for no longer one to be tried
-BLOCK = 1 << 20  # bytes of documents that a packing worker takes at a time
+BLOCK_BYTES = 1 << 20  # bytes of documents that a packing worker takes at a time
 
 # --- 1. packing --------------------------------------------------------------------------------------------
 
@@ -122,7 +122,7 @@ def _blocks(file: Path) -> Iterator[list[tuple[int, bytes]]]:
     for line, raw in common.raw_documents(file):
         block.append((line, raw))
         size += len(raw)
-        if size >= BLOCK:
+        if size >= BLOCK_BYTES:
             yield block
             block, size = [], 0
     if block:
@@ -292,8 +292,9 @@ def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
     """Give the element at `position` of a random permutation of range(count), without storing it.
 
     So the state of a shuffled corpus is one integer, whatever its size. A Feistel network permutes the next
-    power of four; what falls outside is permuted again until it is inside (cycle walking; Black & Rogaway
-    2002, "Ciphers with Arbitrary Finite Domains").
+    power of four: each turn (left, right) → (right, left ^ f(right)) can be undone whatever f is, so nothing
+    is lost, and four turns mix well. What falls outside is permuted again until it is inside (cycle walking;
+    Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
@@ -308,10 +309,10 @@ def shuffled(position: int, count: int, seed: int, epoch: int) -> int:
             return position
 
 
-Piece = tuple[int, int, int]  # document, its first token in this row, number of tokens
+Span = tuple[int, int, int]  # document, offset of the first token in it, number of tokens
 
 
-def row_length(pieces: list[Piece], lengths: Sequence[int]) -> int:
+def row_length(pieces: list[Span], lengths: Sequence[int]) -> int:
     """Give the shortest of the lengths of rows that holds the pieces."""
     tokens = sum(count for _, _, count in pieces)
     return next(length for length in lengths if length >= tokens)
@@ -348,7 +349,7 @@ class RowStream:
         self.shards, self.seed, self.shuffle = shards, seed, shuffle
         self.epoch = self.position = self.start = 0  # of the next piece to be drawn
         self.tokens = 0  # in all rows so far
-        self.waiting: dict[int, Piece] = {}  # number of arrival -> piece, the oldest first
+        self.waiting: dict[int, Span] = {}  # number of arrival -> piece, the oldest first
         self.by_length: list[tuple[int, int]] = []  # (tokens, -arrival), sorted: the last is the longest
         self.held = 0  # tokens that wait
 
@@ -390,10 +391,10 @@ class RowStream:
             if self.start == length:
                 self.position, self.start = self.position + 1, 0
 
-    def __iter__(self) -> Iterator[list[Piece]]:
+    def __iter__(self) -> Iterator[list[Span]]:
         return self
 
-    def __next__(self) -> list[Piece]:
+    def __next__(self) -> list[Span]:
         self._refill()
         if not self.waiting:
             raise StopIteration
@@ -472,10 +473,10 @@ class Mixture:
         sources = self.shards.sources
         return {f"epochs/{name}": s.tokens / sources[name].tokens for name, s in self.streams.items()}
 
-    def __iter__(self) -> Iterator[list[Piece]]:
+    def __iter__(self) -> Iterator[list[Span]]:
         return self
 
-    def __next__(self) -> list[Piece]:
+    def __next__(self) -> list[Span]:
         wanted = [name for name, weight in self.weights.items() if weight]
         name = max(wanted, key=lambda name: self.owed[name] + self.weights[name] * self.row)
         pieces = next(self.streams[name])
@@ -520,7 +521,7 @@ def read_weights(path: str | Path, sources: Iterable[str]) -> dict[str, float]:
     return shares({name: weights[name] for name in names}, str(path))
 
 
-def collate(shards: Shards, rows: list[list[Piece]], width: int) -> dict:
+def collate(shards: Shards, rows: list[list[Span]], width: int) -> dict:
     """Materialise rows as a batch of (B, T) int64 tensors ids, targets, doc_ids.
 
     The end of a row that no document filled is a document of its own (doc_id −1) with nothing to train.
@@ -568,7 +569,7 @@ class Batches:
         self.rank, self.world = rank, world
         self._sort([])
 
-    def _sort(self, rows: list[list[Piece]]) -> None:
+    def _sort(self, rows: list[list[Span]]) -> None:
         self.ready: dict[int, list] = {length: [] for length in self.stream.lengths}  # rows for later steps
         for pieces in rows:
             self.ready[row_length(pieces, self.stream.lengths)].append(pieces)
@@ -637,7 +638,7 @@ class ShowConfig:
 
 
 def show(config: ShowConfig) -> None:
-    """Print rows of the training stream, bars between documents; filling goes to stderr."""
+    """Print rows of the training stream, bars between documents; how full each row is goes to stderr."""
     tokenizer: Tokenizer = load_tokenizer(config.folder)
     stream = RowStream(Shards([config.folder], "train"), config.length, config.seed)
     for _ in range(config.rows):

@@ -7,9 +7,9 @@ drops those that are missed least (12 times slower); `char` takes characters: Se
 learns it, needs `regex` for it, and encodes through `tiktoken` where that is installed.
 
 Ours are lossless: no normalisation, no space added in front, none removed, and a character outside the
-vocabulary is spelt in UTF-8 bytes (<0xE4>), so decode(encode(text)) == text. (--nfkc gives that up: ① becomes
-1.) Every digit is a token of its own; so are newline and tab (in bytebpe several may be one token). A space
-inside a piece is written ▁.
+vocabulary is spelt in UTF-8 bytes (<0xE4>), so decode(encode(text)) == text. (--nfkc and --no_byte_fallback
+give that up: ① becomes 1, a rare character <unk>.) Every digit is a token of its own;
+so are newline and tab (in bytebpe several may be one token). A space inside a piece is written ▁.
 Special tokens (<s>, </s>, <|user|>) never come from text: whoever types </s> gets the letters of it.
 encode(a) + encode(b) is in general not encode(a + b): a piece may span the seam, and a foreign model that
 puts a space in front of every text (dummy prefix) puts one at the seam as well.
@@ -23,7 +23,7 @@ puts a space in front of every text (dummy prefix) puts one at the seam as well.
 
 The folder loads in transformers as well (LlamaTokenizer, AutoTokenizer) and in tokenizers (tokenizer.json).
 Of others we read tokenizer.model (SentencePiece) or else tokenizer.json (byte-level or Metaspace BPE).
-For 100 M characters SentencePiece's BPE takes 6 GB and 76 CPU seconds, bytebpe (32,000 tokens) 3.4 and 270;
+For 100 M characters SentencePiece's BPE takes 6 GB and 76 CPU seconds, bytebpe (32,000 tokens) 3.0 and 240;
 --max_chars draws a sample.
 
 Papers: BPE, Sennrich et al. 2016 (1508.07909). Unigram, Kudo 2018 (1804.10959).
@@ -522,7 +522,8 @@ class BpeBackend:
 
         Merging goes through the ranks in ascending order. It goes wrong where a part x of the left half and
         a part y of the right one meet at the seam and are joined before either is taken up by its own half.
-        Such parts are the half itself, its own half at the seam, and so on down to one byte.
+        Such parts are the half itself, its own half at the seam, and so on down to one byte. With the merges
+        b+c, a+b, ab+c the bytes of abc become a, bc.
         """
         birth = {made: (rank, pair) for pair, (rank, made) in self.ranks.items()}
 
@@ -984,9 +985,9 @@ def train_model(lines: Iterable[str], vocab_size: int, specials: Iterable[str] =
 # --- 8. training byte-level BPE -----------------------------------------------------------------------------
 # Text is cut into pre-tokens (a word with its space, a run of Han, a digit), and only inside one are pairs
 # joined. So it is enough to know each distinct pre-token and its count: 100 M characters of Chinese have some
-# 8 M of them, 100 MB. They lie end to end in one array, a gap between each two.
+# 10 M of them, 250 MB. They lie end to end in one array, a gap between each two.
 
-BLOCK = 10_000  # characters: what is cut into pre-tokens, and drawn or not drawn, at a time
+BLOCK_CHARS = 10_000  # characters: what is cut into pre-tokens, and drawn or not drawn, at a time
 SPILL = 1_000_000  # distinct pre-tokens in the dictionary before it is emptied
 PART = 1 << 24  # places that are looked at together
 
@@ -1002,10 +1003,10 @@ def split_pattern(split_digits: bool = True, max_han: int = 0) -> str:
 
 
 def text_blocks(text: str) -> Iterator[str]:
-    """Cut a document into blocks of BLOCK characters at most, after a newline where there is one."""
+    """Cut a document into blocks of BLOCK_CHARS characters at most, after a newline where there is one."""
     start = 0
     while start < len(text):
-        end = start + BLOCK
+        end = start + BLOCK_CHARS
         newline = text.rfind("\n", start, end) + 1 if end < len(text) else 0
         yield text[start : newline or end]
         start = newline or end
@@ -1080,6 +1081,7 @@ class Pairs:
     def gather(cls, home: int, lefts: tuple, rights: tuple, weigh: Callable, least: int) -> Pairs:
         """Group the places of (left, home) and (home, right) by pair; drop pairs rarer than `least`."""
         (left, left_at), (right, right_at) = lefts, rights
+        # a number for each place: bit 62 (does home stand left?), the neighbour's id, the place (32 bits)
         code, side = np.empty(len(left) + len(right), np.int64), 1 << 30
         code[: len(left)], code[len(left) :] = left, right
         code[len(left) :] |= side  # so that one sort, by neighbour and place, serves both
@@ -1122,7 +1124,14 @@ def learn_merges(
     ids[p] is the token whose first or last byte is place p; `gap` between words and inside tokens. So the
     token after the one at p starts at p + its length, and the one before it ends at p - 1. What a join
     changes is told to nobody: a pair's places are checked when its turn has come, and if its count has fallen
-    it waits for another. Each group of pairs has its best one in the heap.
+    it waits for another. Each group of pairs has its best one in the heap: groups[home] are those that came
+    up when the token `home` did, (x, home) and (home, y).
+
+    Words ab (3 times) and abc (twice); a, b, c are 0, 1, 2; size 5, so gap = 5:
+        place       0 1 2 3 4 5 6 7
+        ids         5 0 1 5 0 1 2 5
+        ab  -> 3    5 3 3 5 3 3 2 5     (b, c) still waits, with its count of 2; when its turn comes,
+        abc -> 4    5 3 3 5 4 5 4 5     its place no longer holds b c
 
     Memory: 12 bytes for each byte of the distinct words.
     """
@@ -1275,7 +1284,7 @@ def train_bytes(
 
 @dataclass
 class Train:
-    corpus: Positional[list[str]]  # files or folders: .txt, .jsonl ("text" of each line), .gz of both
+    corpus: Positional[list[str]]  # files or folders: .txt, .jsonl (.gz, .zst), .parquet
     out: str  # folder to write
     vocab_size: int = 8192  # tokens in all: special ones, 256 bytes, pieces
     kind: Literal["bpe", "unigram", "char", "bytebpe"] = "bpe"  # how the vocabulary is learnt; see above

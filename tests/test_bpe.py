@@ -340,7 +340,7 @@ def test_saved_tokenizer_is_the_same(ours, tmp_path):
 
 def test_training_is_deterministic_and_blocks_keep_the_text(monkeypatch):
     assert tok.train_bytes(DOCS, 600) == tok.train_bytes(DOCS[::-1], 600)
-    monkeypatch.setattr(tok, "BLOCK", 30)
+    monkeypatch.setattr(tok, "BLOCK_CHARS", 30)
     for text in [*texts(200, seed=8), "白" * 100]:
         assert "".join(tok.text_blocks(text)) == text and all(len(b) <= 30 for b in tok.text_blocks(text))
 

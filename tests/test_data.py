@@ -461,7 +461,7 @@ def test_the_report_counts_documents_tokens_bytes_and_digests_as_they_are(folder
 
 
 def test_one_worker_and_two_write_the_same_bytes_in_several_shards(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 2000)  # bytes: many blocks out of a small corpus
+    monkeypatch.setattr(data, "BLOCK_BYTES", 2000)  # bytes: many blocks out of a small corpus
     files = [write_jsonl(tmp_path / f"{n}.jsonl", texts(200, seed=n)) for n in range(2)]
     options = {"val_ratio": 0.2, "shard_tokens": 1500}
     train, _, report = packed(files, folder, tmp_path / "one", workers=1, **options)
@@ -671,7 +671,7 @@ def test_an_existing_out_is_refused_unchanged_and_overwrite_replaces_it(folder, 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_pack_that_fails_leaves_nothing_and_keeps_what_was_there(workers, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "BLOCK", 1000)
+    monkeypatch.setattr(data, "BLOCK_BYTES", 1000)
     good = write_jsonl(tmp_path / "a.jsonl", texts(100))
     bad = tmp_path / "b.jsonl"
     bad.write_bytes(good.read_bytes() + b"{\n")
