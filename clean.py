@@ -18,7 +18,7 @@ Near-duplicates share at least --threshold of their 5-character shingles. 256 Mi
 estimate that share (P[values agree] = Jaccard); bands of r values are the keys of a sort, and equal keys are
 candidates: found with probability 1 − (1 − Jʳ)^(256/r): for the threshold of 0.7, with r = 6 and 42 bands,
 99.5 % of those at 0.7 and 3 % of those at 0.3. Candidates are compared on all values, what agrees is joined.
- Memory: 512 bytes per document in a mapped file, about 250 beside it.
+Memory: 512 bytes per document in a mapped file, about 250 beside it.
 
 The folder gets one .jsonl per input file ({"text": …}) and report.json: counts and examples of every rule.
 

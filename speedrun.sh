@@ -60,6 +60,6 @@ case $budget in full) tokens=2800000 ;; half) tokens=1400000 ;; quarter) tokens=
 echo "budget: $budget, $tokens tokens"
 stage pretrain "${train[@]}" --tokens "$tokens" --out "$out/run"
 stage sample "$PYTHON" generate.py "$out/run" --prompt "大家都知道，" --max_new_tokens 60 --temperature 0.7
-cat "$out/sample.log"
+sed '$d' "$out/sample.log"  # the last line stands above
 echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
 echo "go on: .venv/bin/python generate.py $out/run"
