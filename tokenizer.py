@@ -271,13 +271,13 @@ def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
     else:
         raise ValueError(f"{where}: pre_tokenizer {kind!r} is not supported")
 
-    def cut(text: str) -> list[str]:  # each match is a piece, and what lies between two
+    def cut(text: str) -> list[str]:  # each match is a piece, and so is what lies between two
+        if not gaps:
+            return [match[0] for match in pattern.finditer(text)]
         spans = [0, *(place for match in pattern.finditer(text) for place in match.span()), len(text)]
         return [text[a:b] for a, b in itertools.pairwise(spans)]
 
-    if pattern and not gaps:
-        cut = pattern.findall
-    elif pattern and not pattern.groups:
+    if pattern and gaps and not pattern.groups:
         cut = compiled(f"({pattern.pattern})", where).split  # the same, twice as fast
 
     def split(text: str, first: bool) -> list[str]:

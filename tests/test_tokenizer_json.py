@@ -233,7 +233,7 @@ def test_added_tokens_are_found_in_text_but_marks_are_not(specs, kind):
 
 @pytest.mark.parametrize("behavior, invert", [("isolated", False), ("isolated", True), ("removed", True)])
 def test_split_equals_that_of_tokenizers(behavior, invert):
-    for pattern in (hf.Regex(r"\d"), "-", hf.Regex(r"\s+|白|(?=a)")):
+    for pattern in (hf.Regex(r"\d"), "-", hf.Regex(r"\s+|白|(?=a)"), hf.Regex(r"(a|白)+|(\d)(-)?")):
         theirs = P.Split(pattern, behavior, invert)
         stage = tok.splitting(json.loads(theirs.__getstate__()), "memory")
         pick = random.Random(2)
