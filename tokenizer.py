@@ -1355,6 +1355,11 @@ def train(config: Train) -> None:
         f"{human(chars)} characters in {time.perf_counter() - began:.1f} s; "
         f"{len(ids) / size:.3f} tokens per character"
     )
+    lossy = ["--nfkc"] * config.nfkc + ["--no_byte_fallback"] * (not config.byte_fallback)
+    if lossy:
+        print(
+            f"not lossless, by {' and '.join(lossy)}: `tokenizer.py stats` shows texts that do not come back"
+        )
 
 
 # --- 10. extending a vocabulary -----------------------------------------------------------------------------

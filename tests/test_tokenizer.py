@@ -557,6 +557,20 @@ def test_command_line_trains_measures_and_dumps(data, tmp_path, folders):
     assert rows[1][1::2] == ["special", "<s>"] and rows[6][3] == "\\n" and rows[8][1::2] == ["byte", "<0x00>"]
 
 
+def test_training_says_what_makes_a_vocabulary_lossy(data, tmp_path, capsys):
+    for n, (options, said) in enumerate(
+        [
+            ({}, None),
+            ({"byte_fallback": False}, "not lossless, by --no_byte_fallback:"),
+            ({"byte_fallback": False, "nfkc": True}, "not lossless, by --nfkc and --no_byte_fallback:"),
+        ]
+    ):
+        config = tok.Train([str(data)], str(tmp_path / str(n)), kind="char", vocab_size=900, **options)
+        tok.train(config)
+        out = capsys.readouterr().out
+        assert said in out if said else "lossless" not in out
+
+
 def test_stats_warn_of_json_escapes_and_lossy_options(tmp_path, folders, capsys):
     text = "\n".join(f"line\\nThe {w}\\nThis {w}" for w in ENGLISH * 30)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
