@@ -22,7 +22,6 @@ Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniq
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import lzma
@@ -50,7 +49,7 @@ import common
 import demo_corpus
 from checkpoint import load_model, model_folder, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
-from data import Shards
+from data import Shards, drawn
 from generate import Sampling, fuse, generate, load
 from model import Model, ModelConfig, build, flops_per_token, init_weights, num_params
 from parallel import parallelize
@@ -518,8 +517,7 @@ def clean(config: CleanBench) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, parts = Path(name), ([], [])
         for text in common.documents(config.corpus):
-            draw = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
-            parts[draw < config.held_out].append(text)
+            parts[drawn(text.encode()) < config.held_out].append(text)
         write_documents(folder / "raw.jsonl", parts[0])
         watch("clean.py", folder / "raw.jsonl", "--out", folder / "cleaned")
         options = ("--vocab_size", config.vocab_size, "--out", folder / "tok")

@@ -136,6 +136,11 @@ def _start_worker(tokenizer: str, val_ratio: float) -> None:
     _worker.update(tokenizer=load_tokenizer(tokenizer), val_ratio=val_ratio)
 
 
+def drawn(data: bytes) -> float:
+    """Give a number in [0, 1) that the bytes of a document alone decide: copies fall on the same side."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
+
+
 def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, list[tuple]]:
     """Encode a block's documents; returns its bytes and per part (part, ids, [[tokens, bytes], …] int64)."""
     path, lines = block
@@ -145,8 +150,7 @@ def _encode_block(block: tuple[Path, list[tuple[int, bytes]]]) -> tuple[int, lis
         if not text.strip():
             continue
         data = text.encode()
-        draw = int.from_bytes(hashlib.sha256(data).digest()[:8], "big") / 2**64
-        ids, sizes = parts["val" if draw < _worker["val_ratio"] else "train"]
+        ids, sizes = parts["val" if drawn(data) < _worker["val_ratio"] else "train"]
         document = _worker["tokenizer"].encode_document(text)
         ids.extend(document)
         sizes.extend((len(document), len(data)))
