@@ -1,10 +1,12 @@
 """Speed and quality in figures: ours beside a peer, alternating in one run, medians and ratios.
 
 A machine that others share is fast one minute and slow the next. So in `train`, `decode` and the encoding of
-`data` both sides take turns within one process, each figure is a median, and the ceilings of the first two (a
-large matrix product, a large copy) are measured in the same run. The others run one process after the other.
+`data` both sides take turns within one process, each figure and each ratio is a median over the rounds, and
+the ceilings of the first two (a large matrix product, a large copy) are measured in the same run. The others
+run one process after the other.
 
     python bench.py train      # optimizer steps beside transformers: same shape, weights, tokens, AdamW
+    python bench.py train --preset phi2-chinese-0.2b    # 193.65M parameters; needs 10 GB
     python bench.py decode     # greedy decoding, batch 1, beside transformers.generate
     python bench.py world out/run --demo out/demo       # the demonstration model: form, novelty, facts
     python bench.py bits out/run --shards out/shards    # bits per byte beside xz and a Kneser-Ney trigram
@@ -12,8 +14,9 @@ large matrix product, a large copy) are measured in the same run. The others run
     python bench.py bpe out/demo/pretrain               # learning byte-level BPE beside `tokenizers`
     python bench.py clean corpus.jsonl                  # does a model learn more from the cleaned text?
     python bench.py dedup corpus.jsonl                  # a million documents: time, memory, near-copies found
+    python bench.py plot out/run out/run2 --out plot.png    # loss, learning rate, speed of several runs
 
-All but `world`, `bits`, `clean` and `dedup` need transformers and tokenizers (pip install -r
+All but `world`, `bits`, `clean`, `dedup` and `plot` need transformers and tokenizers (pip install -r
 requirements-dev.txt).
 
 Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques" (interpolated form).
@@ -22,6 +25,7 @@ Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniq
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import json
 import lzma
@@ -36,25 +40,27 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import tyro
 
 import common
 import demo_corpus
 from checkpoint import load_model, model_folder, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
-from data import Shards, drawn
+from data import IGNORE, Shards, drawn
 from generate import Sampling, fuse, generate, load
-from model import Model, ModelConfig, build, flops_per_token, init_weights, num_params
-from parallel import parallelize
+from model import PRESETS, Model, ModelConfig, build, flops_per_token, init_weights, num_params
+from optim import OptimConfig, make_optimizer
+from parallel import ParallelConfig, parallelize
 from tokenizer import load_tokenizer, split_pattern, texts_up_to
-from train import FitConfig, make_optimizer, measured_flops, next_token_loss
+from train import measured_flops, next_token_loss
 
 # --- 1. speed beside transformers ---------------------------------------------------------------------------
 
@@ -70,15 +76,20 @@ def copy_rate(size: int = 1 << 28) -> float:
     return size / min(seconds)
 
 
-def alternate(rounds: int, **sides: Callable[[], float]) -> dict[str, float]:
-    """Let every side run once per round, in turn; return the median of the seconds that each reports."""
+def alternate(rounds: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
+    """Let every side run once per round, in turn; return the seconds that each reports, round by round."""
     seconds = defaultdict(list)
     for side in sides.values():  # warm-up
         side()
     for _ in range(rounds):
         for name, side in sides.items():
             seconds[name].append(side())
-    return {name: statistics.median(s) for name, s in seconds.items()}
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
+    """How many times as fast as the peer a side is: the median over the rounds."""
+    return statistics.median(map(operator.truediv, seconds[peer], seconds[name]))
 
 
 def both(config: ModelConfig, dtype: torch.dtype):
@@ -97,73 +108,155 @@ def both(config: ModelConfig, dtype: torch.dtype):
 
 @dataclass
 class TrainBench:
-    layers: int = 8  # of the shape
-    width: int = 512  # of the shape, in heads of 64
-    vocab: int = 6400  # tokens of the vocabulary
+    preset: str = ""  # a name of model.PRESETS, instead of the next three
+    layers: int = 8  # of a LLaMA shape
+    width: int = 512  # of it, in heads of 64
+    vocab: int = 6400  # tokens of its vocabulary
     length: int = 512  # tokens of a row
     rows: int = 4  # of a batch
     rounds: int = 9  # steps of each side
     compile: bool = True  # also measure ours compiled (needs a C++ compiler)
+    memory: bool = True  # also measure each side's peak memory, in a process of its own
+    side: str = ""  # measure this side alone, and print {"seconds", "memory", "loss"}
+
+
+PEER = "transformers"
+MASKED = "transformers, documents masked"  # each apart, as in our rows; the plain PEER has less to do
+CHECKPOINTED, COMPILED, WHOLE = (f"ours, {what}" for what in ("checkpointed", "compiled", "whole logits"))
 
 
 def train(config: TrainBench) -> None:
-    """Time whole optimizer steps (forward, backward, AdamW) beside transformers under bf16 autocast."""
+    """Time whole optimizer steps (forward, backward, AdamW) beside transformers under bf16 autocast.
+
+    Ours are packed rows with document masks. The peer gets the same tokens and targets: as plain causal rows,
+    which is cheaper and the side that ratios are against; and with a mask of (T, T) that does the same.
+    """
     shape = ModelConfig(
         *("llama", config.vocab, config.width, config.layers, config.width // 64),
         *(config.width * 11 // 4, config.length),
         tie_word_embeddings=True,
     )
-    ours, theirs = both(shape, torch.float32)
-    compiled = parallelize(build(shape, "meta"), common.Process(0, 1, "cpu"), compile=True)
-    compiled.load_state_dict(ours.state_dict())
-    ids = torch.randint(0, config.vocab, (config.rows, config.length + 1))
-    batch = {"ids": ids[:, :-1], "targets": ids[:, 1:].contiguous(), "doc_ids": None}
-    losses = {}
-
-    def our_step(name: str, model: Model) -> Callable[[], float]:
-        model.compute_dtype = torch.bfloat16
-        optimizer = make_optimizer(model, FitConfig("", lr=1e-4))
-
-        def step() -> float:
-            start = time.perf_counter()
-            value, count, _ = next_token_loss(model, batch)
-            (value / count).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            losses.setdefault(name, value.item() / count.item())
-            return time.perf_counter() - start
-
-        return step
-
-    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
-    theirs.train()
-
-    def their_step() -> float:
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = theirs(input_ids=ids[:, :-1], labels=batch["ids"], shift_labels=batch["targets"]).loss
-        loss.backward()
-        their_optimizer.step()
-        their_optimizer.zero_grad()
-        losses.setdefault("transformers", loss.item())
-        return time.perf_counter() - start
-
-    sides = {"transformers": their_step, "ours": our_step("ours", ours)}
-    if config.compile:
-        sides["ours, compiled"] = our_step("ours, compiled", compiled)
-    seconds = alternate(config.rounds, **sides)
+    if config.preset:
+        if config.preset not in PRESETS or not PRESETS[config.preset].vocab_size:
+            fixed = ", ".join(name for name, preset in PRESETS.items() if preset.vocab_size)
+            raise ValueError(f"--preset {config.preset}: expected one of {fixed}")
+        shape = PRESETS[config.preset]
+    names = [PEER, MASKED, "ours", CHECKPOINTED, *([COMPILED] if config.compile else [])]
+    if config.side and config.side not in (*names, WHOLE):
+        raise ValueError(f"--side {config.side!r}: expected one of {', '.join(map(repr, (*names, WHOLE)))}")
+    sides = training_sides(
+        shape, packed_batch(config, shape.vocab_size), [config.side] if config.side else names
+    )
+    losses = {name: evaluate() for name, (evaluate, _) in sides.items()}  # of the first weights
+    rounds = alternate(config.rounds, **{name: step for name, (_, step) in sides.items()})
+    seconds = {name: statistics.median(s) for name, s in rounds.items()}
+    if config.side:
+        took = {"seconds": seconds[config.side], "memory": common.peak_memory("cpu")}
+        print(json.dumps(took | {"loss": losses[config.side]}))
+        return
     tokens = config.rows * config.length
     flops = flops_per_token(shape, config.length) * tokens
     ceiling = measured_flops("cpu", torch.bfloat16)
-    print(
-        f"train: {config.layers} x {config.width}, V {config.vocab}, {num_params(shape):,} parameters",
-        end=", ",
-    )
+    what = config.preset or f"{config.layers} x {config.width}, V {config.vocab}"
+    print(f"train: {what}, {num_params(shape):,} parameters", end=", ")
     print(f"B {config.rows}, T {config.length}, bf16; a matrix product reaches {ceiling / 1e12:.2f} TFLOP/s")
     for name, s in seconds.items():
-        rate = f"{tokens / s:7.0f} tokens/s, {flops / s / 1e12:.3f} TFLOP/s"
-        ratio = f"{seconds['transformers'] / s:.2f} x transformers"
-        print(f"  {name:15s} {s * 1e3:6.0f} ms a step, {rate}, {ratio}, first loss {losses[name]:.4f}")
+        rate = f"{tokens / s:6.0f} tokens/s, {flops / s / 1e12:.3f} TFLOP/s ({flops / s / ceiling:.0%})"
+        times = f"{ratio(rounds, name, PEER):.2f} x transformers"
+        print(f"  {name:30} {s * 1e3:6.0f} ms a step, {rate}, {times}, first loss {losses[name]:.4f}")
+    if config.memory:
+        del sides
+        print(
+            f"peak memory, of it {16 * num_params(shape) / 1e9:.2f} GB weights, gradients and moments in fp32"
+        )
+        given = [f"--{name}={getattr(config, name)}" for name in ("preset", *SIZES)]
+        for name in (PEER, "ours", CHECKPOINTED, WHOLE):
+            took = watch("bench.py", "train", *given, "--rounds=1", f"--side={name}").output
+            print(f"  {name:30} {json.loads(took.splitlines()[-1])['memory'] / 1e9:.2f} GB", flush=True)
+
+
+SIZES = ("layers", "width", "vocab", "length", "rows")
+
+
+def packed_batch(config: TrainBench, vocab: int) -> dict[str, torch.Tensor]:
+    """Draw rows as data.py packs them: documents of 40 to 400 tokens, the last one of a row cut."""
+    draw = torch.Generator().manual_seed(1)
+    B, T = config.rows, config.length
+    lengths = torch.randint(40, 401, (B, T), generator=draw)
+    doc_ids = torch.stack([torch.arange(T).repeat_interleave(row)[:T] for row in lengths])
+    ids = torch.randint(0, vocab, (B, T), generator=draw)
+    targets = torch.full_like(ids, IGNORE)
+    inside = doc_ids[:, 1:] == doc_ids[:, :-1]
+    targets[:, :-1][inside] = ids[:, 1:][inside]
+    return {"ids": ids, "targets": targets, "doc_ids": doc_ids}
+
+
+Side = tuple[Callable[[], float], Callable[[], float]]
+
+
+def training_sides(shape: ModelConfig, batch: dict, names: list[str]) -> dict[str, Side]:
+    """Make for each name a function that gives the loss, and one that takes a step and gives its seconds.
+
+    All of ours train one set of weights with one optimizer, and so do both of transformers.
+    """
+    ours, theirs = both(shape, torch.float32)
+    count = (batch["targets"] != IGNORE).sum()
+    visible = batch["doc_ids"][:, :, None] == batch["doc_ids"][:, None]
+    visible = visible.tril()[:, None]  # (B, 1, T, T)
+
+    def our_loss(model: Model) -> torch.Tensor:
+        return next_token_loss(model, batch)[0] / count
+
+    def their_loss(mask: torch.Tensor | None) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = theirs(
+                batch["ids"], attention_mask=mask, labels=batch["ids"], shift_labels=batch["targets"]
+            )
+        return out.loss
+
+    def side(loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer) -> Side:
+        def evaluate() -> float:
+            with torch.no_grad():
+                return loss().item()
+
+        def step() -> float:
+            start = time.perf_counter()
+            loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return time.perf_counter() - start
+
+        return evaluate, step
+
+    our_optimizer = make_optimizer(ours, OptimConfig(lr=1e-4))
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    theirs.train()
+    sides = {}
+    for name in names:
+        if name in (PEER, MASKED):
+            mask = visible if name == MASKED else None
+            sides[name] = side(functools.partial(their_loss, mask), their_optimizer)
+            continue
+        options = ParallelConfig(
+            activation_checkpointing=name == CHECKPOINTED, compile=name == COMPILED, dtype="bfloat16"
+        )
+        model = parallelize(build(shape, "meta"), common.Process(0, 1, "cpu"), options)
+        for path, parameter in ours.named_parameters():
+            module, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(module), leaf, parameter)
+        model.tie()
+        model.train()
+        if name == WHOLE:
+            model.lm_head.forward = functools.partial(whole_logits, model.lm_head)
+        sides[name] = side(functools.partial(our_loss, model), our_optimizer)
+    return sides
+
+
+def whole_logits(head: torch.nn.Linear, x: torch.Tensor, targets: torch.Tensor):
+    """The head's loss in the usual way: all logits at once, in fp32 for the softmax."""
+    bias = None if head.bias is None else head.bias.to(x.dtype)
+    logits = F.linear(x, head.weight.to(x.dtype), bias).float()  # (B, T, V)
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"), logits.logsumexp(-1)
 
 
 @dataclass
@@ -205,9 +298,10 @@ def decode(config: DecodeBench) -> None:
         end=", ",
     )
     print(f"{config.new} new tokens (the first {same} agree); a copy reads {copy_rate() / 1e9:.1f} GB/s")
-    for name, s in seconds.items():
+    for name in seconds:
+        s = statistics.median(seconds[name])
         rate = f"{config.new / s:6.1f} tokens/s, {config.new * size / s / 1e9:5.1f} GB/s of weights"
-        print(f"  {name:13s} {rate}, {seconds['transformers'] / s:.2f} x transformers")
+        print(f"  {name:13s} {rate}, {ratio(seconds, name, 'transformers'):.2f} x transformers")
 
 
 # --- 2. the demonstration model -----------------------------------------------------------------------------
@@ -429,7 +523,7 @@ class BpeBench:
     peer: bool = True  # train `tokenizers` as well; its memory grows fast: 10 GB at 50 M characters
 
 
-PEER = """
+BPE_PEER = """
 import json, sys
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 corpus, pattern, size, out = sys.argv[1:]
@@ -464,7 +558,7 @@ def bpe(config: BpeBench) -> None:
             options = ("--kind", "bytebpe", "--vocab_size", config.vocab_size, "--max_chars", 10**12)
             commands = {"ours": ("tokenizer.py", "train", corpus, *options, "--out", ours)}
             if config.peer:
-                commands["tokenizers"] = ("-c", PEER, corpus, split_pattern(), config.vocab_size, theirs)
+                commands["tokenizers"] = ("-c", BPE_PEER, corpus, split_pattern(), config.vocab_size, theirs)
             for side, command in commands.items():
                 took = watch(*command)
                 path = theirs if side == "tokenizers" else ours / "tokenizer.json"
@@ -712,10 +806,87 @@ def encoding(title: str, folder: Path, documents: list[str], size: int, rounds: 
     one, other = (load() for load in sides.values())
     differ = sum(one(text) != other(text) for text in documents)
     seconds = alternate(rounds, **{name: functools.partial(timed, load) for name, load in sides.items()})
-    theirs, ours = (size / 1e6 / seconds[name] for name in ("tokenizers", "ours"))
+    theirs, ours = (size / 1e6 / statistics.median(seconds[name]) for name in ("tokenizers", "ours"))
     ids = f"other ids in {differ} documents" if differ else "the same ids"
-    print(f"  {title:14} ours {ours:.2f}, tokenizers {theirs:.2f}: {ours / theirs:.2f} x ({ids})")
+    times = ratio(seconds, "ours", "tokenizers")
+    print(f"  {title:14} ours {ours:.2f}, tokenizers {theirs:.2f}: {times:.2f} x ({ids})")
+
+
+# --- 5. curves ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlotBench:
+    runs: tyro.conf.Positional[tuple[str, ...]]  # folders that train.py or another stage wrote
+    out: str = "plot.png"  # picture to write
+
+
+def plot(config: PlotBench) -> None:
+    """Draw the metrics of several runs into one picture."""
+    figure = draw_runs(config.runs)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    Path(config.out).write_bytes(picture.getvalue())
+    print(f"{config.out}: {', '.join(config.runs)}")
+
+
+def draw_runs(runs: Sequence[str]):
+    """Draw four panels: loss over tokens, loss over time, learning rate, speed and gradient norm.
+
+    Returns a matplotlib Figure. Training is a thin line, validation a marked one. A panel stays without a run
+    whose log has not its figures. ValueError: no run, no metrics, no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib is not installed (pip install matplotlib)") from None
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (by_tokens, by_time), (rate, speed) = figure.subplots(2, 2)
+    norm = speed.twinx()
+    names = [Path(run).resolve().name for run in runs]
+    for i, run in enumerate(runs):
+        steps = run_metrics(run)
+        at = {row["step"]: row for row in steps if "val_loss" not in row}
+        look = {"color": f"C{i}", "label": names[i] if names.count(names[i]) == 1 else str(run)}
+        trained = [row for row in steps if "loss" in row]
+        checked = [row for row in steps if "val_loss" in row]
+        for axes, where in ((by_tokens, "tokens"), (by_time, "minutes")):
+            axes.plot([row[where] for row in trained], [row["loss"] for row in trained], lw=0.7, **look)
+            points = [(at[row["step"]][where], row["val_loss"]) for row in checked if row["step"] in at]
+            if points:
+                axes.plot(*zip(*points), marker="o", ms=4, lw=1.5, color=look["color"])
+        for axes, key, line in (
+            (rate, "lr", "-"),
+            (speed, "tokens_per_second", "-"),
+            (norm, "grad_norm", ":"),
+        ):
+            points = [(row["tokens"], row[key]) for row in trained if key in row]
+            if points:
+                axes.plot(*zip(*points), line, lw=0.7, **look)
+    titles = ("loss (thin: training, dots: validation)", "loss", "learning rate", "speed")
+    ys = ("nats per token", "nats per token", "", "tokens per second")
+    for axes, title, y in zip(figure.axes, titles, ys):
+        axes.set(title=title, xlabel="minutes" if axes is by_time else "trained tokens", ylabel=y)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    norm.set(ylabel="gradient norm (dotted)", yscale="log")
+    return figure
+
+
+def run_metrics(run: str | Path) -> list[dict]:
+    """Read a run's metrics.jsonl; each step's row gets `minutes`, the time of all steps up to it."""
+    path = Path(run) / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run} is not a run: it has no metrics.jsonl. Give the --out of a training")
+    rows, seconds = common.read_metrics(path), 0.0
+    for row in rows:
+        if "seconds" in row:
+            seconds += row["seconds"]
+            row["minutes"] = seconds / 60
+    if not any("loss" in row and "minutes" in row for row in rows):
+        raise ValueError(f"{path} holds no step with a loss; train for at least one step")
+    return rows
 
 
 if __name__ == "__main__":
-    common.run(train, decode, world, bits, data, bpe, clean, dedup, doc=__doc__)
+    common.run(train, decode, world, bits, data, bpe, clean, dedup, plot, doc=__doc__)

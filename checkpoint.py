@@ -1,35 +1,29 @@
-"""Everything on disk: model folders in the Hugging Face layout, and the training state beside them.
+"""Model folders in the Hugging Face layout: what other tools read and write.
 
-A model folder is what other tools read: config.json, model.safetensors (or shards and an index), the
-tokenizer's files. There is no export step. Names are mapped by one table per family, tensors never: nothing
-is split, fused, permuted or transposed, so one table serves loading, saving, adapters and sharding.
+A model folder is config.json, model.safetensors (or several files and an index) and the tokenizer's files.
+There is no export step. Names are mapped by one table per family, tensors never: nothing is split, fused,
+permuted or transposed, so one table serves loading, saving, adapters and sharding.
 
     model = load_model("out/run")                     # a model folder, or a run's latest complete step
     save_model(model, "out/copy", tokenizer, dtype=torch.bfloat16)
 
-The training state is one file per rank and a manifest:
+A model whose parameters are cut over ranks (FSDP2, see parallel.py) reads and writes the same folders, byte
+for byte. Each rank reads its own rows only. To write, a tensor is cast where it lies and then put together,
+and only the rank that writes its file keeps it: W ranks write W files at a time, and none holds more than one
+file's tensors.
 
-    step_0002000/                a model folder
-        state/rank-00000.safetensors   this rank's rows of every parameter and optimizer moment, its RNG
-        state/manifest.json            step, data position, shapes, world size, SHA-256 of every file
-
-It is written as step_N.tmp by all ranks and renamed by rank 0 after every digest is known, so a step that can
-be seen is whole. Rank r of W owns rows [r·k, (r+1)·k) of each tensor, k = ⌈rows / W⌉ (as torch.chunk and
-FSDP2 cut dimension 0), whatever the kind of parallelism: another number of ranks reads the same files.
-
-No file is ever unpickled: weights only from safetensors, the rest from JSON.
+No file is ever unpickled: weights only from safetensors, the rest from JSON. The training state, which lies
+beside the model folder, is the matter of state.py.
 
     python checkpoint.py resize out/run --tokenizer out/tok2 --out out/wider    # rows for more tokens
-    python checkpoint.py check out/run                                          # is every saved step whole?
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
-import json
-import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -39,10 +33,12 @@ import torch.distributed as dist
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tyro.conf import Positional
 
 import common
-from model import FAMILIES, Model, ModelConfig, build
+from model import FAMILIES, Model, ModelConfig, build, own_rows
 from tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -83,7 +79,13 @@ def hf_name(name: str, family: str) -> str:
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Collect a model's parameters under their plain names, without the prefixes of DDP and compile."""
+    """Collect a model's parameters under their plain names, without the prefixes of DDP and compile.
+
+    Those of FSDP2 as they are kept: cut over the ranks, in fp32.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # after a forward pass some may still be gathered, and then in bf16
     return {n.removeprefix("module.").replace("_orig_mod.", ""): p for n, p in model.named_parameters()}
 
 
@@ -155,7 +157,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     ValueError: no such file, another kind of model, a key that changes the function and is not understood.
     """
     path = Path(folder) / "config.json"
-    raw = _read_object(path)
+    raw = read_object(path)
     family = {"xverse": "llama"}.get(raw.get("model_type"), raw.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type is {family!r}; known: {', '.join(FAMILIES)}, xverse")
@@ -190,7 +192,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     return ModelConfig(family, **values)
 
 
-def _read_object(path: Path) -> dict:
+def read_object(path: Path) -> dict:
     value = common.read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object")
@@ -269,7 +271,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Map every tensor of a model folder to the file that holds it; ValueError if there are no weights."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        weight_map = _read_object(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
             raise ValueError(f"{index}: no valid weight_map")
         shards = sorted(set(weight_map.values()))
@@ -279,14 +281,14 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if missing:
             raise ValueError(f"{folder}: the index names files that are not here: {', '.join(missing)}")
         for shard in shards:
-            with _open(folder / shard) as file:
+            with open_tensors(folder / shard) as file:
                 absent = sorted({n for n, f in weight_map.items() if f == shard} - set(file.keys()))
             if absent:
                 raise ValueError(f"{folder / shard}: lacks {len(absent)} tensors of the index: {absent[0]} …")
         return {name: folder / file for name, file in weight_map.items()}
     single = folder / "model.safetensors"
     if single.exists():
-        with _open(single) as file:
+        with open_tensors(single) as file:
             return dict.fromkeys(file.keys(), single)
     hint = ""
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
@@ -294,7 +296,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     raise ValueError(f"{folder}: no model.safetensors and no index{hint}")
 
 
-def _open(path: Path):
+def open_tensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
@@ -335,6 +337,8 @@ def _report(folder, **kinds: list[str]) -> str:
 def load_into(model: nn.Module, folder: str | Path) -> None:
     """Copy a model folder's weights into an allocated model, casting to its dtype, one tensor at a time.
 
+    A rank reads only the rows that it holds; if the model is cut over ranks, all of them call this.
+
     ValueError lists every missing, unexpected or wrongly shaped tensor before anything is copied.
     """
     folder = model_folder(folder)
@@ -343,24 +347,30 @@ def load_into(model: nn.Module, folder: str | Path) -> None:
     target = parameters(model)
     wrong = []
     for theirs, name in ours.items():
-        with _open(files[theirs]) as file:
+        with open_tensors(files[theirs]) as file:
             shape = list(file.get_slice(theirs).get_shape())
         if shape != list(target[name].shape):
             wrong.append(f"{theirs} {shape} instead of {list(target[name].shape)}")
     if missing or extra or wrong:
         raise ValueError(_report(folder, missing=missing, unexpected=extra, **{"of another shape": wrong}))
     for theirs, name in ours.items():
-        with _open(files[theirs]) as file:
-            target[name].copy_(file.get_tensor(theirs))
+        mine, a, b = own_rows(target[name])
+        mine.copy_(_read_rows(files, theirs, a, b))
     _check_tied(files, target, getattr(model, "module", model).config, folder)
+
+
+def _read_rows(files: dict[str, Path], name: str, a: int, b: int) -> torch.Tensor:
+    with open_tensors(files[name]) as file:
+        return file.get_slice(name)[a:b]
 
 
 def _check_tied(files, target, config, folder):
     """A tied folder may repeat the head; ignoring one that differs would change the model."""
     if config.head == "lm" and config.tie_word_embeddings and "lm_head.weight" in files:
-        with _open(files["lm_head.weight"]) as file:
-            head = file.get_tensor("lm_head.weight").to(target["embed_tokens.weight"])
-        if not torch.equal(head, target["embed_tokens.weight"]):
+        table = target["embed_tokens.weight"]
+        mine, a, b = own_rows(table)
+        same = torch.equal(_read_rows(files, "lm_head.weight", a, b).to(mine), mine)
+        if not all(gather(same) if isinstance(table, DTensor) else [same]):  # the other ranks' rows too
             raise ValueError(f"{folder}: tied, but lm_head.weight differs from the embedding")
 
 
@@ -381,17 +391,52 @@ def folder_dtype(folder: Path) -> torch.dtype:
     if name in DTYPES:
         return DTYPES[name]
     tensor, path = next(iter(tensor_files(folder).items()))
-    with _open(path) as file:
+    with open_tensors(path) as file:
         return file.get_slice(tensor)[:1].dtype
 
 
 def materialize(model: Model, device: str) -> None:
-    """Give a model built on the meta device real, undefined memory; a tied head is tied again."""
+    """Give a meta model, cut over ranks or not, real but undefined memory; a tied head is tied again."""
     model.to_empty(device=device)
     model.tie()
 
 
 # --- 4. writing a model folder ------------------------------------------------------------------------------
+
+
+def gather(value) -> list:
+    """Collect one value from every rank, on every rank; [value] without a process group."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def together(work: Callable, failure: str = "") -> list:
+    """Do `work` on every rank, wait for all, and give what each returned.
+
+    If one cannot (a full disk, a bad file), all raise the same ValueError: `failure`, then who could not and
+    why.
+    """
+    try:
+        outcome = work(), None
+    except (OSError, SafetensorError, ValueError) as error:
+        outcome = None, str(error)
+    outcomes = gather(outcome)
+    ranks: dict[str, list[str]] = {}
+    for rank, (_, error) in enumerate(outcomes):
+        if error is not None:
+            ranks.setdefault(error, []).append(str(rank))
+    if ranks:
+        everywhere = len(outcomes)
+        lines = [e if len(r) == everywhere else f"rank {', '.join(r)}: {e}" for e, r in ranks.items()]
+        raise ValueError("\n  ".join(filter(None, [failure, *lines])))
+    return [value for value, _ in outcomes]
+
+
+def _place() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def save_model(
@@ -401,260 +446,88 @@ def save_model(
     dtype: torch.dtype | None = None,
     shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Write a model folder that transformers loads too; atomic, ValueError if FOLDER holds something already.
+    """Write a model folder that transformers loads too; in a process group, every rank calls this.
 
+    Atomic; ValueError on all ranks if FOLDER holds something already or cannot be written (a full disk).
     dtype None keeps the parameters' dtype. Tensors beyond `shard_bytes` go to further files with an index.
     """
-    with common.atomic_folder(folder) as tmp:
-        write_model(model, tmp, tokenizer, dtype, shard_bytes)
+    failure = f"{folder} could not be written"
+    place = common.atomic_folder(folder) if _place()[0] == 0 else contextlib.nullcontext()
+    with contextlib.ExitStack() as stack:
+        tmp = together(lambda: stack.enter_context(place), failure)[0]
+        together(lambda: write_model(model, tmp, tokenizer, dtype, shard_bytes), failure)
+        together(stack.pop_all().close, failure)  # rank 0 puts the folder in its place
 
 
-def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_000_000_000) -> None:
-    """Write the files of a model folder into an existing folder (not atomic: see save_model)."""
+def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_000_000_000) -> list[str]:
+    """Write the files of a model folder into an existing folder (not atomic: see save_model).
+
+    In a process group, every rank calls this; returns the names of the files that this one wrote. A rank that
+    cannot write raises OSError or SafetensorError only after its part in what the others write.
+    """
     model = getattr(model, "module", model)
-    family = model.config.family
+    rank, world = _place()
     if any("qkv_proj" in n or "gate_up_proj" in n for n in parameters(model)):
         raise ValueError("this model was fused by generate.load; save the one of checkpoint.load_model")
-    tensors = {hf_name(n, family): p.detach() for n, p in parameters(model).items()}
-    shards: list[dict] = [{}]
-    size = 0
-    for name, p in tensors.items():
-        nbytes = p.numel() * (dtype or p.dtype).itemsize
-        if shards[-1] and size + nbytes > shard_bytes:
-            shards.append({})
-            size = 0
-        shards[-1][name] = p
-        size += nbytes
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        data = {n: p.to("cpu", dtype or p.dtype).contiguous() for n, p in shard.items()}
-        save_file(data, folder / file, metadata={"format": "pt"})  # transformers asks for this word
-        weight_map |= dict.fromkeys(shard, file)
-    kinds = [dtype or p.dtype for p in tensors.values()]
-    if len(shards) > 1:
-        total = sum(p.numel() * k.itemsize for p, k in zip(tensors.values(), kinds, strict=True))
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        common.write_json(folder / "model.safetensors.index.json", index)
-    common.write_json(folder / "config.json", config_dict(model.config, kinds[0]))
-    if model.config.head == "lm":
-        ids = {key: getattr(model.config, key) for key in TOKENS if getattr(model.config, key) is not None}
-        common.write_json(folder / "generation_config.json", ids)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-
-
-# --- 5. training state --------------------------------------------------------------------------------------
-
-
-def rows(n: int, rank: int, world: int) -> tuple[int, int]:
-    """Rows [a, b) of n that `rank` of `world` owns: rows(5, 1, 2) -> (3, 5).  As torch.chunk cuts."""
-    k = -(-n // world)
-    return min(rank * k, n), min((rank + 1) * k, n)
-
-
-def _state_tensors(model, optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor that training changes: parameters and what the optimizer keeps of them."""
-    out = {}
-    for name, p in parameters(model).items():
-        out[f"parameter/{name}"] = p.detach()
-        for key, value in optimizer.state.get(p, {}).items():
-            out[f"{key}/{name}"] = value
-    return out
-
-
-def _sha256(path: Path) -> dict:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def save_step(
-    run: Path, step: int, model, optimizer, extra: dict, process, tokenizer=None, dtype=None
-) -> Path:
-    """Write step_N (a model folder and the training state) so that it appears whole or not at all.
-
-    `extra` is JSON that load_step returns unchanged. Every rank calls this. ValueError on all ranks if one of
-    them could not write (a full disk): the earlier steps are untouched.
-    """
-    folder = run / f"step_{step:07d}"
-    tmp = folder.with_name(folder.name + ".tmp")
-    shapes, digests = {}, {}
-
-    def prepare():
-        if process.first:
-            shutil.rmtree(tmp, ignore_errors=True)
-            (tmp / "state").mkdir(parents=True)
-
-    def write():
-        file = tmp / "state" / f"rank-{process.rank:05d}.safetensors"
+    tensors = {hf_name(n, model.config.family): p.detach() for n, p in parameters(model).items()}
+    kinds = {n: dtype or p.dtype for n, p in tensors.items()}
+    bytes_of = {n: p.numel() * kinds[n].itemsize for n, p in tensors.items()}
+    shards: list[list[str]] = [[]]
+    for name in tensors:
+        if shards[-1] and sum(map(bytes_of.get, shards[-1])) + bytes_of[name] > shard_bytes:
+            shards.append([])
+        shards[-1].append(name)
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    written, problem = [], None
+    for start in range(0, len(files), world):  # one file for each rank
         mine = {}
-        for name, tensor in _state_tensors(model, optimizer).items():
-            shapes[name] = list(tensor.shape)
-            a, b = rows(len(tensor), process.rank, process.world) if tensor.dim() else (0, 0)
-            mine[name] = (tensor[a:b] if tensor.dim() else tensor).cpu().contiguous()
-        mine["rng/cpu"] = torch.get_rng_state()
-        if process.device.startswith("cuda"):
-            mine["rng/cuda"] = torch.cuda.get_rng_state()
-        save_file(mine, file)
-        written = {str(file.relative_to(tmp)): _sha256(file)}
-        if process.first:
-            write_model(model, tmp, tokenizer, dtype)
-            written |= {p.name: _sha256(p) for p in sorted(tmp.iterdir()) if p.is_file()}
-        return written
-
-    def finish():
-        if process.first:
-            manifest = {"step": step, "world": process.world, "shapes": shapes, "extra": extra}
-            manifest = json.loads(json.dumps(manifest | {"files": digests}))  # as it will be read
-            manifest["digest"] = fingerprint(manifest)
-            common.write_json(tmp / "state" / "manifest.json", manifest)
-            common.publish(tmp, folder)
-            common.atomic_text(run / "latest", folder.name + "\n")
-
-    for work in (prepare, write, finish):  # all ranks have done one before any begins the next
-        try:
-            outcome = (work(), None)
-        except (OSError, SafetensorError) as error:
-            outcome = (None, f"rank {process.rank}: {error}")
-        outcomes = _gather(process, outcome)
-        failures = [e for _, e in outcomes if e]
-        if failures:
-            if process.first:
-                shutil.rmtree(tmp, ignore_errors=True)
-            raise ValueError(
-                f"{folder} could not be written; the earlier steps are intact\n  " + "\n  ".join(failures)
-            )
-        for written, _ in outcomes:
-            digests |= written or {}
-    return folder
+        for owner, names in enumerate(shards[start : start + world]):
+            for name in names:
+                if owner == rank or isinstance(tensors[name], DTensor):
+                    whole = _whole(tensors[name], kinds[name])
+                    if owner == rank:
+                        mine[name] = whole.cpu().contiguous()
+        if mine and not problem:
+            try:
+                # transformers asks for this word
+                save_file(mine, folder / files[start + rank], metadata={"format": "pt"})
+                written.append(files[start + rank])
+            except (OSError, SafetensorError) as error:
+                problem = error
+    if problem:
+        raise problem
+    if rank == 0:
+        values = {"config.json": config_dict(model.config, next(iter(kinds.values())))}
+        if len(shards) > 1:
+            weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
+            total = {"total_size": sum(bytes_of.values())}
+            values["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
+        if model.config.head == "lm":
+            ids = {key: getattr(model.config, key) for key in TOKENS}
+            values["generation_config.json"] = {key: i for key, i in ids.items() if i is not None}
+        for name, value in values.items():
+            common.write_json(folder / name, value)
+        written += values
+        if tokenizer is not None:
+            tokenizer.save(folder)
+            written += tokenizer.files
+    return written
 
 
-def _gather(process, value) -> list:
-    if process.world == 1:
-        return [value]
-    values = [None] * process.world
-    dist.all_gather_object(values, value)
-    return values
+def _whole(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast a tensor and, if it is cut over ranks, put it together on every one of them."""
+    if not isinstance(p, DTensor):
+        return p.to(dtype)
+    mesh = p.device_mesh
+    mine = p.to_local().to(
+        mesh.device_type, dtype
+    )  # cast first: less to send; offloaded rows are in main memory
+    cut = {"shape": p.shape, "stride": p.stride()}  # as rows may be unevenly cut
+    return DTensor.from_local(mine, mesh, p.placements, run_check=False, **cut).full_tensor()
 
 
-def saved_steps(run: Path) -> list[Path]:
-    """The run's step folders, oldest first."""
-    steps = (p for p in run.glob("step_*") if p.is_dir() and p.name[5:].isdecimal())
-    return sorted(steps, key=lambda p: int(p.name[5:]))
-
-
-def damage(folder: Path) -> str | None:
-    """Say what is wrong with a saved step, by its manifest's sizes and digests; None if it is whole."""
-    path = folder / "state" / "manifest.json"
-    try:
-        manifest = _read_object(path)
-    except ValueError as error:
-        return str(error)
-    if manifest.pop("digest", None) != fingerprint(manifest):
-        return f"{path}: damaged (its digest is not the one written)"
-    for name, expected in manifest["files"].items():
-        if not (folder / name).exists():
-            return f"{folder / name}: missing"
-        if (folder / name).stat().st_size != expected["bytes"]:
-            return f"{folder / name}: {(folder / name).stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(folder / name) != expected:
-            return f"{folder / name}: damaged (its SHA-256 is not the one written)"
-    return None
-
-
-def newest_step(run: Path, process) -> Path:
-    """Find the newest whole step, the same on every rank; damaged ones are named on stderr and passed over.
-
-    ValueError if the run holds none.
-    """
-    answer = None
-    if process.first:
-        damaged = []
-        for folder in reversed(saved_steps(run)):
-            what = damage(folder)
-            if what is None:
-                answer = (str(folder), None)
-                break
-            damaged.append(what)
-            print(f"passing over a damaged step: {what}", file=sys.stderr)
-        if answer is None:
-            answer = (None, f"{run}: no saved step to resume from" + "".join(f"\n  {d}" for d in damaged))
-    answer = _gather(process, answer)[0]
-    if answer[1]:
-        raise ValueError(answer[1])
-    return Path(answer[0])
-
-
-def read_manifest(folder: Path) -> dict:
-    """Read the manifest of a saved step."""
-    return common.read_json(folder / "state" / "manifest.json")
-
-
-@torch.no_grad()
-def load_step(folder: Path, model, optimizer, process) -> dict:
-    """Restore parameters, optimizer state and RNG from a saved step; return its `extra`.
-
-    The number of ranks may have changed: each tensor is put together from the rows of all rank files. The
-    RNG is restored only if it has not.
-    """
-    manifest = read_manifest(folder)
-    world = manifest["world"]
-    files = [_open(folder / "state" / f"rank-{r:05d}.safetensors") for r in range(world)]
-
-    def read(name: str) -> torch.Tensor:
-        if not manifest["shapes"][name]:
-            return files[0].get_tensor(name)
-        return torch.cat([file.get_tensor(name) for file in files])
-
-    target = parameters(model)
-    saved = {
-        n.removeprefix("parameter/"): s for n, s in manifest["shapes"].items() if n.startswith("parameter/")
-    }
-    shapes = {n: list(p.shape) for n, p in target.items()}
-    wrong = sorted(n for n in saved | shapes if saved.get(n) != shapes.get(n))
-    if wrong:
-        raise ValueError(f"{folder}: the saved state is of another model: {', '.join(wrong[:20])}")
-    for key in manifest["shapes"]:
-        kind, name = key.split("/", 1)
-        if kind == "parameter":
-            target[name].copy_(read(key))
-        else:
-            optimizer.state[target[name]][kind] = read(key).to(process.device)
-    if world == process.world:
-        torch.set_rng_state(files[process.rank].get_tensor("rng/cpu"))
-        if process.device.startswith("cuda") and "rng/cuda" in files[process.rank].keys():  # noqa: SIM118
-            torch.cuda.set_rng_state(files[process.rank].get_tensor("rng/cuda"))
-    elif process.first:
-        print(f"saved by {world} processes, resumed by {process.world}: dropout draws other numbers now")
-    return manifest["extra"]
-
-
-def set_aside(run: Path, newest: Path) -> None:
-    """Rename the steps after `newest`, which are damaged, so that they neither count nor get in the way."""
-    steps = saved_steps(run)
-    for folder in steps[steps.index(newest) + 1 :]:
-        target = folder.with_name(folder.name + ".damaged")
-        shutil.rmtree(target, ignore_errors=True)
-        folder.rename(target)
-
-
-def prune(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` steps, and what a killed save left behind."""
-    for folder in saved_steps(run)[:-keep] if keep else []:
-        shutil.rmtree(folder)
-    for rubbish in (*run.glob("step_*.tmp"), *run.glob("step_*.old")):
-        shutil.rmtree(rubbish, ignore_errors=True)
-
-
-def fingerprint(value) -> str:
-    """SHA-256 of a JSON value, to compare configurations."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-# --- 6. rows for an extended vocabulary ---------------------------------------------------------------------
+# --- 5. rows for an extended vocabulary ---------------------------------------------------------------------
 
 VOCABULARY = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")  # what has a row per token
 
@@ -762,22 +635,7 @@ def resize(config: Resize) -> None:
     )
 
 
-@dataclass
-class Check:
-    run: Positional[str]  # folder of a run
-
-
-def check(config: Check) -> None:
-    """Compare every file of a run's saved steps with the digests in its manifest."""
-    steps = saved_steps(Path(config.run))
-    if not steps:
-        raise ValueError(f"{config.run}: no saved step here")
-    found = {folder: damage(folder) for folder in steps}
-    for folder, what in found.items():
-        print(f"{folder}: {what or 'whole'}")
-    if any(found.values()):
-        raise ValueError(f"{config.run}: not every step is whole; --resume takes the newest that is")
-
-
 if __name__ == "__main__":
-    common.run(resize, check, doc=__doc__)
+    if sys.argv[1:2] == ["resize"]:  # the word may be left out
+        del sys.argv[1]
+    common.run(resize, doc=__doc__)

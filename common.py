@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import gzip
 import io
 import json
@@ -20,6 +21,8 @@ import os
 import shutil
 import signal
 import sys
+import time
+import traceback
 import typing
 import zlib
 from collections import deque
@@ -65,6 +68,14 @@ def run(*commands: Callable, doc: str = "") -> None:
         os._exit(130)
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         os._exit(0)
+    except RuntimeError as error:
+        if not (lost := missing_ranks(error)):
+            raise
+        traceback.print_exc()
+        names = ", ".join(map(str, lost))
+        print(f"error: no sign of rank {names}: killed, stuck or cut off; --resume goes on", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(1)
 
 
 # --- 2. documents -------------------------------------------------------------------------------------------
@@ -462,8 +473,11 @@ class Process:
             dist.barrier()
 
 
-def start_process(device: str = "auto") -> Process:
-    """Join torchrun's process group if there is one; device "auto" means a GPU if there is one."""
+def start_process(device: str = "auto", timeout: float = 1800) -> Process:
+    """Join torchrun's process group if there is one; device "auto" means a GPU if there is one.
+
+    timeout: seconds after which a rank that waits for the others gives up.
+    """
     import torch
     import torch.distributed as dist
 
@@ -478,8 +492,32 @@ def start_process(device: str = "auto") -> Process:
     if device != "cpu":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        # gloo on GPUs too: weights that are kept in main memory (--offload) travel by it
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
     return Process(rank, world, device)
+
+
+def missing_ranks(error: RuntimeError, wait: float = 3.0) -> list[int]:
+    """If a collective has failed here, which ranks do not say so too, within `wait` seconds?
+
+    All that live notice within moments of one another; who is killed, frozen or cut off says nothing.
+    """
+    import torch.distributed as dist
+
+    collective = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+    if not collective or not dist.is_initialized():
+        return []
+    store, lost = dist.distributed_c10d._get_default_store(), list(range(dist.get_world_size()))
+    try:
+        store.set(f"gave_up/{dist.get_rank()}", "")
+        end = time.monotonic() + wait
+        while lost and time.monotonic() < end:
+            time.sleep(0.1)
+            lost = [rank for rank in lost if not store.check([f"gave_up/{rank}"])]
+    except RuntimeError:  # the launcher, which keeps the store, is gone
+        return []
+    return lost
 
 
 def finish_process(code: int = 0) -> None:
@@ -499,6 +537,33 @@ def finish_process(code: int = 0) -> None:
         sys.exit(code)
 
 
+class Lap:
+    """Measures a stretch of work on a device: begins when it is made, ends at end()."""
+
+    def __init__(self, device: str):
+        self.events = None
+        if device.startswith("cuda"):  # the host runs ahead, so the GPU notes the times itself
+            import torch
+
+            self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            self.events[0].record()
+        self.times = [time.perf_counter()]
+
+    def end(self) -> None:
+        """Mark the end; waits for nothing."""
+        self.times.append(time.perf_counter())
+        if self.events:
+            self.events[1].record()
+
+    def seconds(self) -> float:
+        """Give the length; waits until the GPU has come to the end."""
+        if not self.events:
+            return self.times[1] - self.times[0]
+        begin, end = self.events
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000
+
+
 def best_dtype(device: str):
     """Give the torch.dtype to compute in: bf16 on a GPU or a CPU with bf16 units, else fp32."""
     import torch
@@ -511,13 +576,18 @@ def best_dtype(device: str):
     return torch.bfloat16 if fast else torch.float32
 
 
+class Stopped(Exception):
+    """Raised on all ranks at once where the run was asked to stop in the midst of something."""
+
+
 class StopSignal:
     """Notices Ctrl-C, SIGTERM, and the death of the launcher, so that the loop can save and stop in order.
 
     A second Ctrl-C stops at once. `exit_code` is what the shell expects of a process ended so.
     """
 
-    def __init__(self):
+    def __init__(self, process: Process):
+        self.process = process
         self.asked = False
         self.exit_code = 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
@@ -531,6 +601,22 @@ class StopSignal:
 
     def __bool__(self) -> bool:
         return self.asked or (self.launcher is not None and os.getppid() != self.launcher)
+
+    def agreed(self) -> bool:
+        """Tell whether any rank was asked to stop; all ranks call this, and all hear the same."""
+        if self.process.world == 1:
+            return bool(self)
+        import torch
+        import torch.distributed as dist
+
+        asked = torch.tensor(float(bool(self)), device=self.process.device)
+        dist.all_reduce(asked)
+        return bool(asked)
+
+    def poll(self) -> None:
+        """Raise Stopped on all ranks if any was asked to stop; for the midst of an evaluation."""
+        if self.agreed():
+            raise Stopped
 
 
 def peak_memory(device: str) -> int:

@@ -608,9 +608,14 @@ class Batches:
 def validation_batches(
     shards: Shards, width: int, rows: int, rank: int = 0, world: int = 1, documents: range | None = None
 ) -> Iterator[dict]:
-    """Yield this rank's share of the validation rows once, `rows` at a time, in a fixed order."""
-    stream = RowStream(shards, width, 0, shuffle=False, documents=documents)
-    mine = [row for i, row in enumerate(stream) if i % world == rank]
+    """Yield this rank's share of the validation rows once, `rows` at a time, in a fixed order.
+
+    Every rank yields as many batches of the same size, some with empty rows: under FSDP a forward pass is
+    made by all ranks together.
+    """
+    whole = list(RowStream(shards, width, 0, shuffle=False, documents=documents))
+    whole += [[]] * (-len(whole) % world)
+    mine = whole[rank::world]
     for i in range(0, len(mine), rows):
         yield collate(shards, mine[i : i + rows], width)
 

@@ -536,21 +536,42 @@ def init_weights(model: nn.Module, seed: int, std: float | None = None) -> None:
     By default std = √(2/5C) follows the width: 0.04 at C = 256, 0.014 at 4096; the usual 0.02 starts a narrow
     model too quietly (SmallInit: Nguyen & Salazar 2019, "Transformers without Tears"; residual outputs: GPT-2
     report, section 2.3). Each parameter has its own generator, seeded by `seed` and its name: the values
-    depend neither on the number of ranks nor on which other parameters exist.
+    depend neither on the number of ranks nor on which other parameters exist. A rank that holds only some
+    rows of a parameter draws all, one parameter at a time, and keeps its own.
     """
     layers = model.config.num_hidden_layers
     std = std or math.sqrt(2 / (5 * model.config.hidden_size))
     for name, p in model.named_parameters():
+        mine, a, b = own_rows(p)
         if name.endswith("bias"):
-            p.zero_()
+            mine.zero_()
         elif p.dim() == 1:
-            p.fill_(1.0)
+            mine.fill_(1.0)
         else:
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             scale = std / math.sqrt(2 * layers) if residual else std
             # 32 bits with the seed mixed in: a CPU generator ignores the higher bits of its seed
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-            p.copy_(torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator))
+            whole = torch.empty(p.shape, dtype=torch.float32).normal_(0, scale, generator=generator)
+            mine.copy_(whole[a:b])
+
+
+def rows(n: int, part: int, parts: int) -> tuple[int, int]:
+    """Give rows [a, b) of n that `part` of `parts` holds: rows(5, 1, 2) -> (3, 5).  As torch.chunk cuts."""
+    k = -(-n // parts)
+    return min(part * k, n), min((part + 1) * k, n)
+
+
+def own_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """Give the rows of a tensor that are on this rank, and which they are: (local, a, b), local = x[a:b].
+
+    A plain tensor is all here. FSDP2 makes DTensors, cut along dimension 0 over the last dimension of the
+    device mesh (the first one, if there are two, holds copies).
+    """
+    if not hasattr(x, "device_mesh"):  # to import DTensor for isinstance takes a second
+        return x, 0, len(x)
+    mesh = x.device_mesh
+    return x.to_local(), *rows(len(x), mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1))
 
 
 def num_params(config: ModelConfig) -> int:
@@ -558,15 +579,22 @@ def num_params(config: ModelConfig) -> int:
     return sum(p.numel() for p in build(config, "meta").parameters())
 
 
-def flops_per_token(config: ModelConfig, length: int) -> float:
+def flops_per_token(config: ModelConfig, length: int, recompute: bool | None = None) -> float:
     """Count the floating-point operations to train one token in rows of `length` tokens.
 
     6 per parameter of a matrix product (2 forward, 4 backward), plus attention: 12·L·H·D·length for scores
     and weighted sums, halved because a causal query sees half of the row on average. The embedding look-up
     is free; the head counts, tied or not. (Chowdhery et al. 2022, PaLM, appendix B.)
+
+    This is what the mathematics needs, for MFU (model FLOPs utilisation). With `recompute` it is what the
+    hardware does, for HFU: the head's logits are computed twice, and under activation checkpointing (True)
+    the forward pass of every block too.
     """
-    matrices = num_params(config) - config.vocab_size * config.hidden_size
-    if config.tie_word_embeddings and config.head == "lm":
-        matrices += config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size if config.head == "lm" else 0
+    blocks = num_params(config) - config.vocab_size * config.hidden_size
+    if not config.tie_word_embeddings:
+        blocks -= head
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * length / 2
-    return 6 * matrices + attention
+    if recompute is None:
+        return 6 * (blocks + head) + attention
+    return (6 * blocks + attention) * (4 / 3 if recompute else 1) + 8 * head

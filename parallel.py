@@ -2,42 +2,151 @@
 
     build(config, device="meta") -> parallelize -> load_into | init_weights -> optimizer -> fit
 
-The order matters: DDP (DistributedDataParallel) looks at the parameters when it wraps, so their memory must
-be there; blocks are compiled before, so that parameters keep their names. Under DDP every process ("rank")
-holds the whole model and works on its own rows of the batch. Gradients are summed over ranks, not averaged:
-`fit` divides the sum by the number of trained tokens of all ranks, so 1 process x 8 rows, 4 micro-batches x 2
-and 2 ranks x 4 give one result.
+Every rank (process) works on its own rows of the batch; gradients are summed over ranks, not averaged: `fit`
+divides once by the number of trained tokens of all ranks, so 1 process x 8 rows, 4 micro-batches x 2 and
+2 ranks x 4 give one result. What a rank of W keeps of N parameters (fp32 weight, gradient, two moments):
 
-Li et al. 2020, "PyTorch Distributed: Experiences on Accelerating Data Parallel Training".
+    --shard none     16·N bytes: everything            DDP: gradients are all-reduced
+    --shard zero2    16·N/W, and all weights in bf16 from the forward to the end of the backward pass (2·N)
+    --shard zero3    16·N/W, and the weights of one block at a time, gathered twice a micro-batch
+    --shard zero3 --replicas 128    on 1,024 GPUs: HSDP, 128 copies of a model cut over 8 neighbours each
+
+    torchrun --nproc_per_node 8 train.py --preset xverse-13b --shard zero3 --activation_checkpointing …
+
+The order matters: activation checkpointing wraps a block's forward, the compiler sees what it wrapped, and
+DDP or FSDP2 hook the module around it. Nothing is allocated before it is cut, so that no rank ever holds a
+large model. Precision is the same in every mode: blocks are gathered in the dtype that they compute in, while
+embedding and head travel in fp32, because their gradients add up many tokens.
+
+Li et al. 2020 (DDP); Rajbhandari et al. 2020, "ZeRO"; Zhao et al. 2023, "PyTorch FSDP"; Chen et al. 2016,
+"Training Deep Nets with Sublinear Memory Cost" (activation checkpointing).
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
+from dataclasses import dataclass
+from typing import Literal
 
+import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from checkpoint import materialize
-from common import Process
+from common import Process, best_dtype
 from model import Model
 
 
-def parallelize(model: Model, process: Process, compile: bool = False) -> nn.Module:
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How a model is spread over processes, and what is computed twice instead of kept."""
+
+    shard: Literal["none", "zero2", "zero3"] = "none"  # cut weights, gradients, moments over ranks (FSDP2)
+    replicas: int = 1  # HSDP: copies of the sharded model; each is cut over ranks / replicas neighbours
+    offload: bool = False  # keep the cut weights and moments in main memory; steps become slow
+    activation_checkpointing: bool = False  # keep a block's input only, compute the rest of it again
+    compile: bool = False  # let Inductor fuse each block (on a CPU it needs a C++ compiler)
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
+
+    def __post_init__(self):
+        if self.replicas < 1:
+            raise ValueError(f"--replicas {self.replicas} must be at least 1")
+        if self.shard == "none" and (self.offload or self.replicas > 1):
+            raise ValueError("--offload and --replicas need --shard zero2 or zero3")
+
+
+def make_mesh(process: Process, cfg: ParallelConfig) -> DeviceMesh:
+    """Arrange all ranks as (ranks,), or as (copies, ranks of a copy): neighbours share a copy.
+
+    ValueError: the ranks cannot be divided so, or there is no process group.
+    """
+    if not dist.is_initialized():
+        raise ValueError(f"--shard {cfg.shard}: start it with torchrun, for one process too")
+    if process.world % cfg.replicas:
+        raise ValueError(f"--replicas {cfg.replicas}: {process.world} ranks are no multiple of it")
+    kind = process.device.split(":")[0]
+    if cfg.replicas == 1:
+        return init_device_mesh(kind, (process.world,), mesh_dim_names=("shard",))
+    shape = (cfg.replicas, process.world // cfg.replicas)
+    return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(
+    model: Model, process: Process, cfg: ParallelConfig, mesh: DeviceMesh | None = None
+) -> nn.Module:
     """Allocate a meta model on this process's device and join the ranks; its values are still undefined.
 
-    compile: let Inductor fuse each block (needs a C++ compiler on a CPU).
+    Sets model.compute_dtype. A single process without a process group has nothing to shard with, and does
+    not. mesh: of `make_mesh`, if it must be made elsewhere (a simulation).
     """
-    materialize(model, process.device)
-    if compile:
-        for layer in model.layers:
+    model.compute_dtype = best_dtype(process.device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    for layer in model.layers:
+        if cfg.activation_checkpointing:
+            layer.forward = _checkpointed(layer.forward)
+        if cfg.compile:
             layer.compile()  # per block: one compilation serves all layers, and parameters keep their names
+    alone = process.world == 1 and not dist.is_initialized()
+    if cfg.shard != "none" and (cfg.offload or not alone):
+        _shard(model, mesh or make_mesh(process, cfg), cfg, pin=process.device != "cpu")
+        materialize(model, "cpu" if cfg.offload else process.device)
+        return model
+    materialize(model, process.device)
     if process.world == 1:
         return model
-    wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
+    # find_unused_parameters: otherwise DDP sorts its buckets anew after the first step. Sums over four ranks
+    # and more depend on where in a bucket a number stands: a resumed run would differ in its last bits
+    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
+    wrapped = DistributedDataParallel(
+        model, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True
+    )
     wrapped.register_comm_hook(None, _sum_gradients)
     return wrapped
+
+
+def _checkpointed(forward):
+    def forward_again(*args):
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False)  # dropout draws the same numbers again
+
+    return forward_again
+
+
+def _shard(model: Model, mesh: DeviceMesh, cfg: ParallelConfig, pin: bool) -> None:
+    """Cut every parameter along dimension 0: a group for each block, one for the embedding, one for the head.
+
+    A group is what is gathered together, before its forward and (zero3) its backward pass.
+    """
+    # not at the top: it takes a second
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+
+    common = {"mesh": mesh, "reshard_after_forward": cfg.shard == "zero3"}
+    if cfg.offload:
+        common["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
+    # inputs are not cast: the positions' cos and sin, which a block is given, must stay fp32
+    narrow = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    wide = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=narrow, **common)
+    if not model.config.tie_word_embeddings or model.config.head != "lm":
+        fully_shard(model.embed_tokens, mp_policy=wide, **common)
+        head = [m for name, m in model.named_children() if name in ("lm_head", "score")]
+        fully_shard([model.norm, *head], mp_policy=wide, **common)
+    fully_shard(model, mp_policy=wide, **common)  # the rest; a tied table, which both ends of the model use
+    # FSDP2 warns of outputs that are views, which writing in place would break; nothing here does that
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    for module in _groups(model):
+        module.set_gradient_divide_factor(1.0)  # sums; by itself this asks gloo for what it does not have
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def _groups(model: nn.Module) -> list:
+    """List the modules that fully_shard has made FSDPModules."""
+    return [module for module in model.modules() if hasattr(module, "set_gradient_divide_factor")]
 
 
 def _sum_gradients(_, bucket):  # no annotations: DDP checks them as types, and here they would be strings
@@ -50,8 +159,20 @@ def unwrap(model: nn.Module) -> Model:
     return getattr(model, "module", model)
 
 
-def gradient_sync(model: nn.Module, last: bool):
-    """Context for one micro-batch: gradients travel between ranks only in the `last` one of a step."""
+def gradient_sync(model: nn.Module, cfg: ParallelConfig, last: bool):
+    """Context for one micro-batch, `last` of its step or not.
+
+    DDP sends gradients in the last one only. FSDP2 sends them in each: a rank has room for its part of them
+    only. zero2 keeps the weights gathered between micro-batches.
+    """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
+    if cfg.shard == "zero2" and _groups(model):
+        model.set_reshard_after_backward(last)
     return contextlib.nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of gathered weights. After a forward pass without a backward pass some stay gathered (FSDP2)."""
+    for module in _groups(model):
+        module.reshard()

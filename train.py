@@ -26,8 +26,11 @@ that follows the evaluations).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
+import os
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -41,6 +44,7 @@ import torch.nn as nn
 
 import checkpoint
 import common
+import state
 from data import (
     IGNORE,
     Batches,
@@ -63,51 +67,48 @@ from model import (
     init_weights,
     num_params,
 )
-from parallel import gradient_sync, parallelize, unwrap
+from optim import OptimConfig, clip_and_scale, learning_rate, make_optimizer
+from parallel import ParallelConfig, gradient_sync, parallelize, reshard, unwrap
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. settings -------------------------------------------------------------------------------------------
 
 
 @dataclass
-class FitConfig:
+class FitConfig(OptimConfig, ParallelConfig):
     """What every stage that trains with `fit` can set."""
 
     out: str  # folder of the run
     resume: bool = False  # go on from the newest whole step of --out, with the settings it was started with
-    lr: float = 5e-4  # highest learning rate
-    final_lr: float = 0.1  # where the schedule ends, as a share of lr
-    schedule: Literal["cosine", "wsd"] = "cosine"  # wsd: constant, then linear over the last --decay
-    warmup: int = 100  # steps of linear increase from 0; at most a tenth of all steps
-    decay: float = 0.2  # wsd: share of the steps that decays
-    weight_decay: float = 0.1  # of matrices; norms and biases have none
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
-    clip: float = 1.0  # clip the gradient to this norm; 0: never
+    force: bool = False  # --resume although data, shape or batch have changed
     dropout: float = 0.0  # after the embedding and on the residual branches
     seed: int = 1  # of weights, data order, dropout
     tokens_per_step: int = 16384  # tokens of one optimizer step, over all micro-batches and ranks
     micro_tokens: int = 8192  # at most so many tokens of one rank in one forward pass
+    max_skipped: int = 10  # stop after so many steps in a row whose gradient was not finite
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     save_every: int = 250  # steps between saved steps; the last one is always saved
     keep: int = 2  # saved steps to keep
+    keep_best: bool = False  # keep the one of the lowest validation loss, too; the file `best` names it
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the model folder; the training state is fp32
     log_every: int = 10  # steps between lines on the screen; metrics.jsonl has every step
-    compile: bool = False  # let Inductor fuse each block (on a CPU it needs a C++ compiler)
     device: str = "auto"  # auto, cpu, cuda
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
+    timeout: float = 1800  # seconds that a rank waits for the others before it gives up
     peak_tflops: float = 0.0  # of one device, for MFU (model FLOPs utilisation); 0: known, or measured
 
     def __post_init__(self):
-        for name in ("tokens_per_step", "micro_tokens", "log_every", "keep"):
+        OptimConfig.__post_init__(self)
+        ParallelConfig.__post_init__(self)
+        for name in ("tokens_per_step", "micro_tokens", "log_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        for name in ("lr", "final_lr", "warmup", "decay", "weight_decay", "clip", "eval_every", "save_every"):
-            if not getattr(self, name) >= 0:
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)} must not be negative")
-        for name in ("beta1", "beta2", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must lie in [0, 1)")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout {self.timeout} must be greater than 0")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"--dropout {self.dropout} must lie in [0, 1)")
 
 
 @dataclass
@@ -119,7 +120,8 @@ class TrainConfig(FitConfig):
     vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
     hidden_size: int = 0  # changes the preset; 0: as it is
     num_hidden_layers: int = 0  # changes the preset; 0: as it is
-    only: str = ""  # train these parameters alone: "embed_tokens,lm_head" after a vocabulary has grown
+    train_only: str = ""  # these parameters alone: "embed_tokens,lm_head" after a vocabulary has grown
+    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator: keeps logits small (1e-4)
     row_tokens: int = 0  # tokens of a training row; 0: the model's context
     buckets: str = ""  # several lengths of rows, "2048,4096,8192,16384": each step's rows have one of them
     epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
@@ -128,44 +130,7 @@ class TrainConfig(FitConfig):
     sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
 
 
-# --- 2. schedule and optimizer -----------------------------------------------------------------------------
-
-
-def learning_rate(step: int, steps: int, cfg: FitConfig) -> float:
-    """Give the learning rate of step 0 … steps − 1: linear warmup, then cosine or warmup-stable-decay."""
-    warmup = min(cfg.warmup, steps // 10)
-    if step < warmup:
-        return cfg.lr * (step + 1) / warmup
-    if cfg.schedule == "cosine":
-        share = (step - warmup) / max(1, steps - 1 - warmup)
-        return cfg.lr * (cfg.final_lr + (1 - cfg.final_lr) * (1 + math.cos(math.pi * share)) / 2)
-    decay = max(1, round(cfg.decay * steps))
-    return cfg.lr * (1 - (1 - cfg.final_lr) * max(0, step + 1 - (steps - decay)) / decay)
-
-
-def make_optimizer(model: nn.Module, cfg: FitConfig) -> torch.optim.Optimizer:
-    """AdamW, fused; matrices and embeddings decay, norms and biases do not."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": cfg.weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=1e-8, fused=True)
-
-
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "4090": 165,
-    "3090": 71,
-    "L40S": 362,
-}
-
-
-# --- 3. the loop -------------------------------------------------------------------------------------------
+# --- 2. the loop -------------------------------------------------------------------------------------------
 
 Loss = Callable[[nn.Module, dict], tuple[torch.Tensor, torch.Tensor, dict]]
 
@@ -175,15 +140,16 @@ def fit(
     batches,
     cfg: FitConfig,
     loss: Loss,
-    evaluate: Callable[[nn.Module], dict] | None = None,
+    evaluate: Callable[[nn.Module, Callable[[], None]], dict] | None = None,
     *,
     refresh: Callable[[], dict] | None = None,
     steps: int,
     process: common.Process,
     identity: dict,
     settings: dict | None = None,
+    card: dict | None = None,
     tokenizer: Tokenizer | None = None,
-    flops: Callable[[dict], float] | None = None,
+    flops: Callable[[dict], tuple[float, float]] | None = None,
     first_loss: float = 0.0,
 ) -> int:
     """Train a parallelized, initialised model for `steps` optimizer steps; return the process's exit code.
@@ -191,34 +157,31 @@ def fit(
     batches     per step a list of this rank's micro-batches, with state() and load_state(), as data.Batches
     loss        (model, batch) -> (sum, count, logs): the summed loss with its graph, the number of trained
                 tokens or pairs, and {name: (sum, count)} to log
-    evaluate    model -> {name: number or text}, called by all ranks every cfg.eval_every steps and at the end
+    evaluate    (model, poll) -> {name: number or text}, called by all ranks every cfg.eval_every steps and at
+                the end; it calls poll() now and then, which ends it if the run is asked to stop
     refresh     called by all ranks every cfg.eval_every steps, before that step is saved: what it changes in
                 `batches` is saved with the step, so a resumed run has it too; returns what to log, or {}
     identity    JSON of what a resumed run must find unchanged (data, tokenizer, shape, batch)
     settings    JSON for run.json, written once it is sure that the run can start or go on
-    flops       micro-batch -> floating-point operations per trained token of it, for MFU
+    card        what state.write_cards should say of the model; this adds tokens, speed and results
+    flops       micro-batch -> operations per trained token, the model's and the hardware's: for MFU and HFU
     first_loss  what the first step should show (ln V for fresh weights), 0 if unknown
 
-    ValueError: a non-finite loss or gradient (nothing is updated, the last saved step is intact), a full
-    disk, a changed identity on --resume.
+    A step whose loss or gradient is not finite changes no parameter, on any rank; it is logged as skipped.
+    ValueError: cfg.max_skipped such steps in a row, a full disk, a changed identity on --resume.
     """
     run = Path(cfg.out)
-    bare = unwrap(model)
-    bare.compute_dtype = (
-        common.best_dtype(process.device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
-    )
-    peak = Peak(cfg.peak_tflops, process, bare.compute_dtype)
-    optimizer = make_optimizer(model, cfg)
+    peak = Peak(cfg.peak_tflops, process, unwrap(model).compute_dtype)
+    optimizer = make_optimizer(model, cfg, dist.group.WORLD if process.world > 1 else None)
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(cfg.seed * 1000 + process.rank)  # for dropout: every rank draws its own
-    step = tokens = 0
-    if cfg.resume and checkpoint.saved_steps(run):
-        step, tokens = _resume(run, model, optimizer, batches, process, identity)
-    process.barrier()  # all ranks have looked at the folder before one writes into it
+    step = tokens = skipped = 0  # skipped: steps in a row that changed nothing
+    if cfg.resume and state.saved_steps(run):
+        step, tokens, skipped = _resume(run, model, optimizer, batches, process, identity, cfg.force)
     log = RunLog(run, step, steps, cfg.log_every, process)
     if process.first and settings:
         common.write_json(run / "run.json", settings)
-    stop = common.StopSignal()
+    stop = common.StopSignal(process)
     saved = step
     model.train()
     while step < steps:
@@ -228,82 +191,111 @@ def fit(
             group["lr"] = lr
 
         total = Sums(process)
+        work = common.Lap(process.device)
         micro_batches = next(batches)
         for i, batch in enumerate(micro_batches):
             batch = {k: v.to(process.device, non_blocking=True) for k, v in batch.items()}
-            with gradient_sync(model, last=i == len(micro_batches) - 1):
+            last = i == len(micro_batches) - 1
+            with gradient_sync(model, cfg, last):
                 value, count, logs = loss(model, batch)
+                if last:
+                    work.end()  # from here on a rank may wait for others
                 value.backward()
             total.add(loss=(value, count), **logs)
         total.add(stop=(float(bool(stop)), 1))  # through the sum, so that all ranks stop at the same step
-        sums = total.over_ranks()
+        sums, every = total.over_ranks(work.seconds())
         loss_sum, count = sums["loss"]
         count = max(1.0, count)  # a step without a trained token: no 0 / 0
 
-        grads = [p.grad for p in params if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / count
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+        norm = clip_and_scale(params, count, cfg.clip)
+        finite = math.isfinite(loss_sum) and math.isfinite(norm)
+        if finite:
+            optimizer.step()
+            tokens += int(count)
+        skipped = 0 if finite else skipped + 1
+        optimizer.zero_grad()
+        step += 1
+
+        seconds = time.perf_counter() - clock
+        row = {name: s / max(1.0, n) for name, (s, n) in sums.items() if name != "stop"}
+        row |= {"lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds}
+        row["tokens_per_second"] = speed = count / seconds
+        if flops:
+            used = flops(batch)  # all micro-batches of a step are alike
+            row["mfu"], row["hfu"] = (speed * n / peak.flops for n in used)
+        row["memory_bytes"] = common.peak_memory(process.device)
+        if process.world > 1:
+            row |= slowest(every)
+        if not finite:
+            row = {k: v for k, v in row.items() if math.isfinite(v)} | {"skipped": skipped}
+            what = f"loss {loss_sum / count:g}, gradient norm {norm:g}"
+            log.say(f"step {step}/{steps} | {what}: nothing was updated")
+        log.step(step, row)
+        if skipped >= cfg.max_skipped:
             where = f"step {saved} is saved" if saved else "no step was saved yet"
             raise ValueError(
-                f"{run}: in step {step + 1} the loss ({loss_sum / count:g}) or gradient norm ({norm:g}) "
-                f"is not finite; nothing was updated, {where}. Lower --lr or look at the data"
+                f"{run}: in steps {step - skipped + 1} to {step} loss or gradient was not finite; nothing was "
+                f"updated in them, {where}. Lower --lr or look at the data"
             )
-        shrink = min(1.0, cfg.clip / (norm + 1e-6)) if cfg.clip else 1.0
-        torch._foreach_mul_(grads, shrink / count)
-        optimizer.step()
-        optimizer.zero_grad()
-        step, tokens = step + 1, tokens + int(count)
-
-        means = {name: s / max(1.0, n) for name, (s, n) in sums.items() if name != "stop"}
-        seconds = time.perf_counter() - clock
-        speed = count / seconds
-        mfu = {"mfu": speed * flops(batch) / peak.flops} if flops else {}  # all of a step's are alike
-        memory = common.peak_memory(process.device)
-        log.step(step, {**means, "lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds,
-                        "tokens_per_second": speed, **mfu, "memory_bytes": memory})  # fmt: skip
-        if step == 1 and first_loss and abs(means["loss"] / first_loss - 1) > 0.1:
+        if step == 1 and finite and first_loss and abs(row["loss"] / first_loss - 1) > 0.1:
             log.say(
-                f"warning: the first loss is {means['loss']:.3f}; fresh weights should give {first_loss:.3f}"
+                f"warning: the first loss is {row['loss']:.3f}; fresh weights should give {first_loss:.3f}"
             )
 
+        stopping = sums["stop"][0] > 0 and step < steps
         due = cfg.eval_every and step % cfg.eval_every == 0
         if due and refresh and (news := refresh()):
             log.evaluation(step, news)
-        stopping = sums["stop"][0] > 0 and step < steps
+        evaluation = None
+        if evaluate and not stopping and (step == steps or due):
+            try:
+                evaluation = evaluate(model.eval(), stop.poll)
+                log.evaluation(step, evaluation)
+            except common.Stopped:
+                stopping = True
+            model.train()
+            reshard(model)
         if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0):
-            extra = {"step": step, "tokens": tokens, "batches": batches.state(), "identity": identity}
+            extra = {"step": step, "tokens": tokens, "skipped": skipped, "evaluation": evaluation}
+            extra |= {"batches": batches.state(), "identity": identity}
+            told = {**card, "steps": step, "tokens": tokens, **peak.card(row)} if card else None
+            told = {**told, "evaluation": evaluation} if told and evaluation else told
             dtype = getattr(torch, cfg.save_dtype)
-            checkpoint.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype)
+            state.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype, told)
             saved = step
             if process.first:
-                checkpoint.prune(run, cfg.keep)
-        if evaluate and not stopping and (step == steps or due):
-            model.eval()
-            log.evaluation(step, evaluate(model))
-            model.train()
+                state.prune(run, cfg.keep, cfg.keep_best)
+            stopping = stopping or (step < steps and stop.agreed())  # asked while it was saved
         if stopping:
             log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
-            return stop.exit_code or 143  # no signal: the launcher died
+            return stop.exit_code or 143  # no signal: another rank got it, or the launcher died
     log.say(f"finished: {step} steps, {common.human(tokens)} tokens in {run}")
     return 0
 
 
-def _resume(run: Path, model, optimizer, batches, process, identity: dict) -> tuple[int, int]:
-    """Restore the newest whole step; ValueError if it was trained on something else."""
-    folder = checkpoint.newest_step(run, process)
-    extra = checkpoint.read_manifest(folder)["extra"]
+ORDER = {"data", "row_tokens", "seed", "mixture"}  # what the order of the data depends on
+
+
+def _resume(run: Path, model, optimizer, batches, process, identity: dict, force: bool) -> tuple:
+    """Restore the newest whole step; ValueError if it was trained on something else, unless forced."""
+    folder = state.newest_step(run, process)
+    extra = state.read_manifest(folder)["extra"]
     saved = extra["identity"]
     changed = [k for k in saved | identity if saved.get(k) != identity.get(k)]
-    if changed:
-        lines = [f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in changed]
-        raise ValueError("\n".join([f"{folder} cannot be resumed, because this changed:", *lines]))
-    checkpoint.load_step(folder, model, optimizer, process)
+    lines = [f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in changed]
+    if changed and (not force or "optimizer" in changed):
+        remedy = "--init takes its weights" if "optimizer" in changed else "--force goes on all the same"
+        what = f"{folder} cannot be resumed, because this changed ({remedy}):"
+        raise ValueError("\n".join([what, *lines]))
+    state.load_step(folder, model, optimizer, process)
     if process.first:
-        checkpoint.set_aside(run, folder)
-    batches.load_state(extra["batches"])
-    if process.first:
-        print(f"resuming from {folder}")
-    return extra["step"], extra["tokens"]
+        state.set_aside(run, folder)
+        print("\n".join([f"resuming from {folder}", *(f"forced:{line}" for line in lines)]))
+    if not ORDER.intersection(changed):
+        batches.load_state(extra["batches"])
+    elif process.first:
+        print("forced: the data begin anew")
+    return extra["step"], extra["tokens"], extra["skipped"]
 
 
 class Sums:
@@ -320,30 +312,65 @@ class Sums:
             )
             self.pairs[name] = self.pairs[name] + new if name in self.pairs else new
 
-    def over_ranks(self) -> dict[str, tuple[float, float]]:
-        """Sum over all ranks; every rank must have added the same names."""
-        table = torch.stack(list(self.pairs.values()))
+    def over_ranks(self, mine: float = 0.0) -> tuple[dict[str, tuple[float, float]], list[float]]:
+        """Sum over all ranks, which must have added the same names; and list every rank's number `mine`."""
+        every = torch.zeros(self.process.world, dtype=torch.double, device=self.process.device)
+        every[self.process.rank] = mine
+        table = torch.cat([torch.stack(list(self.pairs.values())).flatten(), every])
         if self.process.world > 1:
             dist.all_reduce(table)
-        return dict(zip(self.pairs, map(tuple, table.tolist()), strict=True))
+        numbers = table.tolist()
+        sums = zip(numbers[0::2], numbers[1::2], strict=False)
+        return dict(zip(self.pairs, sums, strict=False)), numbers[2 * len(self.pairs) :]
+
+
+def slowest(seconds: list[float]) -> dict[str, float]:
+    """Say how long the ranks worked before they had to wait for others, and which one worked longest.
+
+    Under DDP that is up to the last backward pass. Under FSDP ranks wait for one another in every block, and
+    it tells of reading data most.
+    """
+    return {
+        "rank_seconds_min": min(seconds),
+        "rank_seconds_median": statistics.median_low(seconds),
+        "rank_seconds_max": max(seconds),
+        "slowest_rank": seconds.index(max(seconds)),
+    }
+
+
+PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "H100": 989,
+    "H800": 989,
+    "H200": 989,
+    "4090": 165,
+    "3090": 71,
+    "L40S": 362,
+}
 
 
 class Peak:
     """The FLOP/s of all devices together that MFU is measured against, and where the figure comes from."""
 
     def __init__(self, tflops: float, process: common.Process, dtype: torch.dtype):
-        self.source = "--peak_tflops"
+        self.source, device = "--peak_tflops", process.device
         each = tflops * 1e12
         if not each and process.device.startswith("cuda"):
-            name = torch.cuda.get_device_name()
+            name = device = torch.cuda.get_device_name()
             each = 1e12 * next((t for key, t in PEAK_TFLOPS.items() if key in name), 0)
             self.source = f"{name}, the vendor's dense bf16"
         if not each:
             each, self.source = measured_flops(process.device, dtype), "a large matrix product, measured now"
-        self.flops = each * process.world
+        self.flops, self.devices = each * process.world, f"{process.world} x {device}"
         if process.first:
             print(f"compute: {dtype} on {process.world} x {process.device}; ", end="")
             print(f"MFU is against {each / 1e12:.2f} TFLOP/s each ({self.source})")
+
+    def card(self, row: dict) -> dict:
+        """Say for the run card how fast this step was, and on what."""
+        speed = {k: row[k] for k in ("tokens_per_second", "mfu", "hfu", "memory_bytes") if k in row}
+        return {**speed, "devices": self.devices, "peak_flops": self.flops, "torch": torch.__version__}
 
 
 def measured_flops(device: str, dtype: torch.dtype, size: int = 1536) -> float:
@@ -385,7 +412,7 @@ class RunLog:
         if not self.active:
             return
         self._add({"step": step, **row})
-        if step % self.every == 0 or step in (1, self.steps):
+        if "skipped" not in row and (step % self.every == 0 or step in (1, self.steps)):
             left = (time.perf_counter() - self.begin) / (step - self.first) * (self.steps - step)
             mfu = f" | mfu {row['mfu']:.0%}" if "mfu" in row else ""
             self.say(
@@ -393,6 +420,10 @@ class RunLog:
                 f"{row['grad_norm']:.2f} | {common.human(row['tokens_per_second'])} tokens/s{mfu} | "
                 f"{common.duration(left)} left"
             )
+            if row.get("rank_seconds_max", 0) > 1.5 * row.get("rank_seconds_median", 0):
+                slow, usual = row["rank_seconds_max"], row["rank_seconds_median"]
+                what = f"{slow:.3f} s before it waited for others, the median is {usual:.3f} s"
+                self.say(f"rank {row['slowest_rank']} is slow: {what}")
 
     def evaluation(self, step: int, values: dict) -> None:
         """Log and print what `evaluate` found, and draw loss.png."""
@@ -405,23 +436,39 @@ class RunLog:
             self.say(problem)
 
 
-# --- 4. pretraining ----------------------------------------------------------------------------------------
+# --- 3. pretraining ----------------------------------------------------------------------------------------
 
 
-def next_token_loss(model: nn.Module, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """Sum the nll of all trained tokens of a batch; log how long its rows are."""
-    nll = model(batch["ids"], batch["targets"], doc_ids=batch["doc_ids"])
-    return nll.sum(), (batch["targets"] != IGNORE).sum(), {"row_tokens": (batch["ids"].shape[1], 1)}
+def next_token_loss(
+    model: nn.Module, batch: dict, z_loss: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """Sum the nll of all trained tokens of a batch; log how long its rows are.
+
+    z_loss: add so much of log²Z, Z the softmax's denominator, which holds Z near 1; the loss with it is what
+    falls, the log's "nll" is without. (Chowdhery et al. 2022, PaLM, section 5.)
+    """
+    ids, targets = batch["ids"], batch["targets"]
+    count, logs = (targets != IGNORE).sum(), {"row_tokens": (ids.shape[1], 1)}
+    if not z_loss:
+        return model(ids, targets, doc_ids=batch["doc_ids"]).sum(), count, logs
+    nll, lse = model(ids, targets, doc_ids=batch["doc_ids"], lse=True)
+    return nll.sum() + z_loss * lse.square().sum(), count, {**logs, "nll": (nll.sum(), count)}
 
 
 @torch.no_grad()
 def validate(
-    model: nn.Module, shards: Shards, width: int, rows: int, process: common.Process, bos: bool
+    model: nn.Module,
+    shards: Shards,
+    width: int,
+    rows: int,
+    process: common.Process,
+    bos: bool,
+    poll: Callable[[], None] = lambda: None,
 ) -> dict:
     """Measure the loss and the bits per byte of the whole validation part, and the loss of each source.
 
-    width: tokens of a row; rows: of a batch; bos: documents start with a <s>, so every token is predicted.
-    All ranks share the rows.
+    width: tokens of a row; rows: of a batch; bos: documents start with a <s>, so every token is predicted;
+    poll: called before every batch. All ranks share the rows.
     """
     total = Sums(process)
     for name, source in shards.sources.items():
@@ -429,9 +476,10 @@ def validate(
         if not source.documents:
             continue
         for batch in validation_batches(shards, width, rows, process.rank, process.world, source.documents):
+            poll()
             value, count, _ = next_token_loss(model, {k: v.to(process.device) for k, v in batch.items()})
             total.add(**{name: (value, count)})
-    sums = total.over_ranks()
+    sums, _ = total.over_ranks()
     each = {f"val_loss/{name}": s / n for name, (s, n) in sums.items() if n and len(sums) > 1}
     nats, count = (sum(column) for column in zip(*sums.values(), strict=True))
     loss = nats / count
@@ -458,13 +506,13 @@ class Evaluation:
         if len(self.prompt) >= width:
             raise ValueError(f"--sample is {len(self.prompt)} tokens long; a row has {width}")
 
-    def __call__(self, model: nn.Module) -> dict:
-        """Evaluate; rank 0 writes the sample. Without validation documents there is no validation loss."""
+    def __call__(self, model: nn.Module, poll: Callable[[], None]) -> dict:
+        """Evaluate and write a sample, on all ranks; without validation documents no validation loss."""
         out = self.stream.epochs()
         if len(self.shards):
             bos = self.tokenizer.add_bos
-            out = validate(model, self.shards, self.width, self.rows, self.process, bos) | out
-        if self.process.first and self.prompt:
+            out = validate(model, self.shards, self.width, self.rows, self.process, bos, poll) | out
+        if self.prompt:  # every rank writes the same one: a sharded model needs all of them
             sampling = Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
             with torch.compiler.set_stance("force_eager"):  # each length of the cache would compile anew
                 new = generate(unwrap(model), [self.prompt], sampling)[0]
@@ -476,7 +524,7 @@ def starting_weights(cfg: TrainConfig, shards: Shards, typed: list[float] | None
     """Give {source: share} from --data or --mixture; None: every document once an epoch."""
     if cfg.mixture and typed:
         raise ValueError("--mixture and weights in --data exclude each other; leave out one")
-    if cfg.mixture and checkpoint.saved_steps(Path(cfg.out)):  # the saved step has those in force
+    if cfg.mixture and state.saved_steps(Path(cfg.out)):  # the saved step has those in force
         return shares(dict.fromkeys(shards.sources, 1), "--mixture")
     if cfg.mixture:
         return read_weights(cfg.mixture, shards.sources)
@@ -563,19 +611,19 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(config, vocab_size=vocab, **change)
 
 
-def freeze(model: nn.Module, only: str) -> None:
+def freeze(model: nn.Module, train_only: str) -> None:
     """Let those parameters alone train whose name holds one of the words; no words: all.
 
     A tied head is the embedding under a second name. ValueError for a word that is in no name.
     """
-    words = [word.strip() for word in only.split(",") if word.strip()]
-    if only and not words:
-        raise ValueError(f"--only {only}: names no parameter")
+    words = [word.strip() for word in train_only.split(",") if word.strip()]
+    if train_only and not words:
+        raise ValueError(f"--train_only {train_only}: names no parameter")
     named = list(model.named_parameters(remove_duplicate=False))
     for word in words:
         if not any(word in name for name, _ in named):
             some = ", ".join(name for name, _ in named[:12])
-            raise ValueError(f"--only {word}: in no parameter's name; there are {some}, …")
+            raise ValueError(f"--train_only {word}: in no parameter's name; there are {some}, …")
     chosen = {p for name, p in named if any(word in name for word in words)}
     for _, p in named:
         p.requires_grad_(not words or p in chosen)
@@ -675,32 +723,56 @@ def describe(
     print(f"= {most}{common.human(flops)} per token, {flops * tokens:.3g} in all")
 
 
+def operations(config: ModelConfig, recompute: bool, batch: dict) -> tuple[float, float]:
+    """Count the operations to train a token of this batch: what the model needs, what the hardware does."""
+    length = batch["ids"].shape[1]
+    return flops_per_token(config, length), flops_per_token(config, length, recompute)
+
+
 def main(cfg: TrainConfig) -> None:
     """Pretrain a model on packed text."""
     run = Path(cfg.out)
+    again = int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
+    )  # torchrun starts all ranks anew after a loss
+    if again and (run / "run.json").exists():
+        cfg.resume = True
     if cfg.resume:
-        cfg = _saved_settings(cfg)
-    elif run.exists() and any(run.iterdir()):
+        cfg = saved_settings(cfg)
+    elif run.exists() and not again and any(p.name != "lock" for p in run.iterdir()):
         raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
     if not cfg.data:
         raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
+    process = common.start_process(cfg.device, cfg.timeout)
+    code = pretrain(cfg, process)
+    common.finish_process(code)
+
+
+def pretrain(cfg: TrainConfig, process: common.Process) -> int:
+    """Do what the settings say with the ranks that have met; return the exit code."""
+    run = Path(cfg.out)
     folders, typed = split_weights(cfg.data)
-    process = common.start_process(cfg.device)
     tokenizer = load_tokenizer(folders[0])
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
     p, lengths = plan(cfg, config, shards, process.world), row_lengths(cfg, config)
+    state.lock(run, process)
     weights = starting_weights(cfg, shards, typed)
     model = build(config, device="meta")
-    freeze(model, cfg.only)
+    freeze(model, cfg.train_only)
     if process.first:
         describe(model, p, lengths, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
 
-    model = parallelize(model, process, cfg.compile)
+    card = {"name": run.name, "stage": "pretraining", "init": cfg.init, "model": settings["model"]}
+    card |= {"parameters": num_params(config), "data": {cfg.data: shards.fingerprint}}
+    card |= {"tokenizer": tokenizer.digest, "code": state.code_version(), "optimizer": cfg.optimizer}
+    card["schedule"] = {name: getattr(cfg, name) for name in ("schedule", "lr", "final_lr", "warmup")}
+
+    model = parallelize(model, process, cfg)
     unwrap(model).known_vocab = tokenizer.vocab_size
-    if not checkpoint.saved_steps(run):  # else `fit` restores them
+    if not state.saved_steps(run):  # else `fit` restores them
         if cfg.init:
             checkpoint.load_into(model, cfg.init)
         else:
@@ -710,14 +782,14 @@ def main(cfg: TrainConfig) -> None:
     else:
         stream = RowStream(shards, lengths, cfg.seed)
     refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
-    if refresh and not checkpoint.saved_steps(run):
+    if refresh and not state.saved_steps(run):
         refresh()  # every rank has read the file by itself; now all take what rank 0 read
     batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
     code = fit(
         model,
         batches,
         cfg,
-        next_token_loss,
+        functools.partial(next_token_loss, z_loss=cfg.z_loss),
         Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process),
         refresh=refresh,
         steps=p.steps,
@@ -728,22 +800,24 @@ def main(cfg: TrainConfig) -> None:
             "row_tokens": lengths if lengths[1:] else lengths[0],
             "rows_per_step": p.rows_per_step,
             "seed": cfg.seed,
-            **({"only": cfg.only} if cfg.only else {}),
+            "optimizer": cfg.optimizer,
+            **({"train_only": cfg.train_only} if cfg.train_only else {}),
             "mixture": list(weights) if cfg.mixture else weights,  # a file's weights may change
         },
         settings=settings,
+        card=card,
         tokenizer=tokenizer,
-        # with --only some products have no gradient: no MFU rather than a wrong one
-        flops=None if cfg.only else lambda batch: flops_per_token(config, batch["ids"].shape[1]),
+        # with --train_only some products have no gradient: no MFU rather than a wrong one
+        flops=None if cfg.train_only else functools.partial(operations, config, cfg.activation_checkpointing),
         first_loss=0.0 if cfg.init else math.log(config.vocab_size),
     )
     left = ", ".join(f"{len(rows)} of {n} tokens" for n, rows in batches.ready.items() if rows)
     if process.first and left:
         print(f"rows that wait, each length for a whole step, and were not trained: {left}")
-    common.finish_process(code)
+    return code
 
 
-def _saved_settings(cfg: TrainConfig) -> TrainConfig:
+def saved_settings(cfg: TrainConfig) -> TrainConfig:
     """Take the settings from run.json; a flag typed beside --resume wins."""
     path = Path(cfg.out) / "run.json"
     if not path.exists():

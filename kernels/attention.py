@@ -31,12 +31,13 @@ def attention(
     integer, default S − T; slopes (H,) for ALiBi. Returns (B, H, T, D) in q's dtype. Only this definition
     builds a (T, S) mask.
     """
-    T, S = q.shape[2], k.shape[2]
-    grouped = q.shape[1] != k.shape[1]
-    plain = lo is None and start is None and slopes is None and T in (1, S)
-    dense_is_faster = q.is_cpu and q.dtype == torch.bfloat16 and T <= 512 and torch.is_grad_enabled()
-    if plain and not dense_is_faster:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=grouped)
+    B, H, T, D = q.shape
+    K, S = k.shape[1:3]
+    if start is None and slopes is None and T == S and _faster_by_document(q, k, v, lo):
+        tokens = (t.transpose(1, 2).reshape(B * T, -1, D) for t in (q, k, v))  # (B·T, H or K, D)
+        return _by_document(*tokens, _first_keys(lo, B, T)).view(B, T, H, D).transpose(1, 2)
+    if lo is None and start is None and slopes is None and T in (1, S):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != K)
     key = torch.arange(S, device=q.device)
     offset = torch.tensor([S - T], device=q.device) if start is None else start
     position = offset[:, None] + torch.arange(T, device=q.device)  # (B or 1, T)
@@ -45,46 +46,129 @@ def attention(
         visible = visible & (key >= lo[..., None])
     visible = visible[:, None]  # (B or 1, 1, T, S)
     if slopes is None:
-        if dense_is_faster and (
-            lo is None or bool(visible.any(-1).all())
-        ):  # a query that sees no key: 0 / 0 there
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) if grouped else t for t in (k, v))
-            return _DenseAttention.apply(q, k, v, visible)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=H != K)
     # distances are counted in fp32: in bf16 only 624 of 2,048 positions would stay distinct for slope 0.84
     wide = torch.promote_types(q.dtype, torch.float32)
     distance = (position[..., None] - key)[:, None].to(wide)
     bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
     if not q.is_cpu or torch.is_grad_enabled():  # elsewhere the bias must have the dtype of q
         q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped).to(dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != K).to(dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != K)
 
 
-class _DenseAttention(torch.autograd.Function):
-    """Short rows in training on a CPU: keep the (T, S) probabilities, the rest is matrix products.
+# --- training on a CPU --------------------------------------------------------------------------------------
+# scaled_dot_product_attention computes what a mask hides, and backward uses no matrix units of bf16.
+# On a core with AMX, forward and backward, documents of 40-400 tokens: bf16 rows of 512 2.3x, of 2,048 6x as
+# fast; fp32 1.7x and 3.5x. Without documents: bf16 rows of 512 1.6x; longer ones, and fp32, about even.
 
-    Measured on 2 cores with AMX, forward and backward, bf16: T 128 6x, T 256 2.7x, T 512 1-2x as fast as
-    scaled_dot_product_attention, whose backward pass there does not use the matrix units. Scores are rounded
-    to bf16 before the softmax, as plain bf16 PyTorch does: error 1e-2 where scores spread by 9, not 2e-3.
+MERGE = 128  # short documents are worked together, under a mask, while they have at most so many tokens
+BLOCK = 256  # queries of a long document that are worked at once: above their diagonal little is computed
+KEEP = 512  # up to this length of a document its probabilities are kept for the backward pass
+
+
+def _faster_by_document(q, k, v, lo) -> bool:
+    if not (q.is_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+        return False
+    if lo is None:
+        return q.dtype == torch.bfloat16 and q.shape[2] <= KEEP
+    # a query that sees no key would give 0 / 0
+    return q.dtype != torch.float16 and bool((lo <= torch.arange(lo.shape[1])).all())
+
+
+def _first_keys(lo, B: int, T: int) -> torch.Tensor:
+    """Count the first keys through all rows: (B, T) within rows -> (B·T,), row b begins at b·T."""
+    row = torch.arange(0, B * T, T)[:, None].expand(B, T)
+    return (row if lo is None else row + lo.clamp(min=0)).flatten()
+
+
+def _spans(first: torch.Tensor) -> list[tuple[int, int]]:
+    """Cut the tokens where none looks back any more, but not into pieces shorter than MERGE.
+
+    first (N,): the first key that each token sees. [0, 0, 2, 2, 2] -> [(0, 2), (2, 5)] for MERGE 0.
+    """
+    index = torch.arange(len(first))
+    back = first.flip(0).cummin(0).values.flip(0)  # the first key that this token or a later one sees
+    cuts = (back == index).nonzero().flatten().tolist()
+    spans, begin = [], 0
+    for end, after in zip(cuts[1:] + [len(first)], cuts[2:] + [len(first)] * 2):
+        if after - begin > MERGE or end == len(first):
+            spans.append((begin, end))
+            begin = end
+    return spans
+
+
+@torch.compiler.disable  # the shapes are those of the documents
+def _by_document(q, k, v, first):
+    return _ByDocument.apply(q, k, v, first)
+
+
+class _ByDocument(torch.autograd.Function):
+    """Attention among tokens (N, H, D), each of which sees the keys first[i] … i.
+
+    Probabilities of short documents are kept, those of long ones are computed again. Scores are rounded to
+    q's dtype before the softmax, as plain PyTorch does: in bf16 an error of 1e-2 where they spread by 9.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, visible):
-        hidden = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, float("-inf"))
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, H, T, S)
-        p = scores.add_(hidden).softmax(-1)
-        ctx.save_for_backward(q, k, v, p)
-        return p @ v
+    def forward(ctx, q, k, v, first):
+        K, out, saved = k.shape[1], torch.empty_like(q), [first]
+        ctx.spans = _spans(first)
+        for begin, end in ctx.spans:
+            key, value = _heads(k[begin:end], K), _heads(v[begin:end], K)  # (K, n, D)
+            saved += [key, value]
+            for i in range(begin, end, BLOCK):
+                j = min(i + BLOCK, end)
+                query = _heads(q[i:j], K)  # (K, G·m, D)
+                p = _probabilities(query, key[:, : j - begin], first[i:j], begin)
+                out[i:j] = _tokens(p @ value[:, : j - begin], j - i)
+                saved += [query, p if end - begin <= KEEP else None]
+        ctx.save_for_backward(*saved)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        q, k, v, p = ctx.saved_tensors
-        scale = q.shape[-1] ** -0.5
-        dp = grad @ v.transpose(-1, -2)
-        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)  # p · (dp − Σ p·dp)
-        return (ds @ k) * scale, ds.transpose(-1, -2) @ (q * scale), p.transpose(-1, -2) @ grad, None
+        first, *saved = ctx.saved_tensors
+        saved, K = iter(saved), saved[0].shape[0]
+        dq, (dk, dv) = torch.empty_like(grad), (grad.new_empty(len(grad), K, grad.shape[2]) for _ in "kv")
+        for begin, end in ctx.spans:
+            key, value = next(saved), next(saved)
+            wide = torch.promote_types(key.dtype, torch.float32)
+            dkey, dvalue = (torch.zeros(key.shape, dtype=wide) for _ in "kv")  # sums over the blocks
+            for i in range(begin, end, BLOCK):
+                j = min(i + BLOCK, end)
+                n, scale = j - begin, key.shape[2] ** -0.5
+                query, p = next(saved), next(saved)
+                if p is None:
+                    p = _probabilities(query, key[:, :n], first[i:j], begin)
+                g = _heads(grad[i:j], K)
+                ds = torch._softmax_backward_data(g @ value[:, :n].mT, p, -1, p.dtype)  # p · (dp − Σ p·dp)
+                dq[i:j] = _tokens(ds @ key[:, :n], j - i) * scale
+                dkey[:, :n] += (ds.mT @ query) * scale
+                dvalue[:, :n] += p.mT @ g
+            dk[begin:end], dv[begin:end] = _tokens(dkey, end - begin), _tokens(dvalue, end - begin)
+        return dq, dk, dv, None
+
+
+def _heads(x: torch.Tensor, K: int) -> torch.Tensor:
+    """Put the heads first, those that share a key-value head together: (n, H, D) -> (K, G·n, D)."""
+    return x.transpose(0, 1).reshape(K, -1, x.shape[2])
+
+
+def _tokens(x: torch.Tensor, n: int) -> torch.Tensor:
+    """The inverse: (K, G·n, D) -> (n, H, D)."""
+    return x.reshape(-1, n, x.shape[2]).transpose(0, 1)
+
+
+def _probabilities(query, key, first, begin: int) -> torch.Tensor:
+    """Let the last m tokens of a piece see its n keys: (K, G·m, D), (K, n, D), (m,) -> (K, G·m, n)."""
+    m, n = len(first), key.shape[1]
+    place = torch.arange(begin, begin + n)
+    hidden = (place > place[n - m :, None]) | (place < first[:, None])  # (m, n)
+    bias = torch.zeros(m, n, dtype=query.dtype).masked_fill_(hidden, float("-inf"))
+    bias = bias.repeat(query.shape[1] // m, 1)  # (G·m, n)
+    return torch.baddbmm(bias, query, key.mT, alpha=key.shape[2] ** -0.5).softmax(-1)
 
 
 def attention_decode(

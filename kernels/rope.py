@@ -11,6 +11,7 @@ Angles are fp32: bf16 has only 897 distinct values between 0 and 8,191.  Su et a
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,8 +30,34 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
     x (B, H, T, D); cos and sin (B or 1, 1, T, R) fp32, from rope_table. Returns (B, H, T, D) in x's dtype.
     """
+    if x.is_cpu and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
+        return _Rope.apply(x, cos, sin)
+    return _turn(x, cos, sin)
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     R = cos.shape[-1]
     wide = torch.promote_types(x.dtype, cos.dtype)  # fp32, or fp64
-    part = (x if x.shape[-1] == R else x[..., :R]).to(wide)
-    turned = torch.addcmul(part * cos, part.roll(R // 2, -1), sin).to(x.dtype)  # roll: (b, a) beside (a, b)
+    part = (x if x.shape[-1] == R else x[..., :R]).to(wide, copy=True)
+    other = part.roll(R // 2, -1)  # (b, a) beside (a, b)
+    turned = part.mul_(cos).addcmul_(other, sin).to(x.dtype)
     return turned if x.shape[-1] == R else torch.cat((turned, x[..., R:]), -1)
+
+
+class _Rope(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back: autograd, step by step, takes twice as long.
+
+    Heads are turned as projections leave them, in (B, T, H, D): what is contiguous in memory is fast.
+    """
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # (B or 1, T, 1, R)
+        ctx.save_for_backward(cos, sin)
+        return _turn(x.transpose(1, 2), cos, sin).transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        return _turn(grad.transpose(1, 2), cos, -sin).transpose(1, 2), None, None

@@ -1,8 +1,10 @@
 """The measuring tools measure what they say."""
 
 import itertools
+import json
 import math
 import re
+import struct
 
 import pytest
 import torch
@@ -54,18 +56,103 @@ def test_sliding_windows_code_every_token_once_and_see_half_a_window():
     assert bench.sliding_nats(model, ids.tolist(), 32) == pytest.approx(want, rel=1e-5)
 
 
+TINY = "--layers 1 --width 64 --vocab 512 --length 128 --rows 2 --rounds 1 --no-compile --no-memory".split()
+
+
 def test_train_and_decode_benches_agree_with_transformers():
     """Ours and theirs start from the same weights: the first loss must be the same, and the texts begin alike."""
-    flags = "--layers 1 --width 64 --vocab 512 --length 64 --rows 2 --rounds 1 --no-compile".split()
-    done = run_script("bench.py", "train", *flags, OMP_NUM_THREADS=1)
+    done = run_script("bench.py", "train", *TINY, OMP_NUM_THREADS=1)
     assert done.returncode == 0, done.stderr
     losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if "first loss" in line]
-    assert len(losses) == 2 and losses[0] == pytest.approx(losses[1], rel=2e-3)
+    plain, masked, ours, checkpointed = losses
+    assert ours == checkpointed == pytest.approx(masked, rel=1e-4) and plain == pytest.approx(
+        masked, rel=2e-3
+    )
     done = run_script(
         "bench.py", "decode", *"--layers 1 --prompt 4 --new 4 --rounds 1".split(), OMP_NUM_THREADS=1
     )
     assert done.returncode == 0 and "x transformers" in done.stdout, done.stderr
     assert int(re.search(r"the first (\d+) agree", done.stdout)[1]) >= 1
+
+
+def test_bench_batch_is_packed_as_training_rows_are():
+    batch = bench.packed_batch(bench.TrainBench(length=512, rows=3), 100)
+    ids, targets, doc_ids = (batch[k] for k in ("ids", "targets", "doc_ids"))
+    for row in range(3):
+        lengths = doc_ids[row].unique_consecutive(return_counts=True)[1].tolist()
+        assert sum(lengths) == 512 and all(40 <= n <= 400 for n in lengths[:-1]) and len(lengths) > 1
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        assert (targets[row, ends] == -100).all() and (targets[row] == -100).sum() == len(lengths)
+    shifted = torch.roll(ids, -1, 1)
+    assert (targets[targets != -100] == shifted[targets != -100]).all()
+
+
+def test_train_bench_measures_one_side_alone():
+    done = run_script("bench.py", "train", *TINY, "--side", bench.WHOLE, OMP_NUM_THREADS=1)
+    assert done.returncode == 0, done.stderr
+    took = json.loads(done.stdout.splitlines()[-1])
+    assert took["memory"] > 1e8 and took["loss"] == pytest.approx(math.log(512), rel=0.1)
+    done = run_script("bench.py", "train", *TINY, "--side", "yours")
+    assert done.returncode == 2 and "transformers, documents masked" in done.stderr
+    done = run_script("bench.py", "train", *TINY, "--preset", "demo")  # its vocabulary is a tokenizer's
+    assert done.returncode == 2 and "phi2-chinese-0.2b" in done.stderr
+
+
+def test_whole_logits_give_what_the_chunked_head_gives():
+    config = ModelConfig("phi", 61, 32, 1, 4, 64, 64)
+    model = build(config)
+    init_weights(model, 1)
+    x, targets = torch.randn(2, 5, 32), torch.arange(10).view(2, 5)
+    targets[0, 3] = -100
+    nll, lse = bench.whole_logits(model.lm_head, x, targets)
+    want = model.lm_head(x, targets)
+    torch.testing.assert_close(nll, want[0])
+    torch.testing.assert_close(lse * (targets != -100), want[1])
+
+
+def make_run(folder, steps, evaluations):
+    folder.mkdir()
+    lines = []
+    for n in range(1, steps + 1):
+        row = {"loss": 6.0 / n, "lr": 1e-3 / n, "grad_norm": 1.0, "tokens": 4096 * n, "seconds": 30.0}
+        lines.append({"step": n, **row, "tokens_per_second": 136.5})
+        lines += [{"step": n, "val_loss": 6.5 / n}] if n in evaluations else []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_plot_draws_every_run_into_every_panel(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [make_run(tmp_path / "one", 8, (4, 8)), make_run(tmp_path / "two", 6, ())]
+    by_tokens, by_time, rate, speed, norm = bench.draw_runs(runs).axes
+    assert [len(axes.lines) for axes in (by_tokens, by_time, rate, speed, norm)] == [3, 3, 2, 2, 2]
+    training, validation, other = by_tokens.lines
+    assert training.get_label() == "one" and other.get_label() == "two"
+    assert list(training.get_xdata()[:2]) == [4096, 8192] and training.get_ydata()[1] == 3.0
+    assert list(validation.get_xdata()) == [4 * 4096, 8 * 4096] and list(validation.get_ydata()) == [
+        6.5 / 4,
+        6.5 / 8,
+    ]
+    assert list(by_time.lines[0].get_xdata()[:3]) == [0.5, 1.0, 1.5]  # minutes
+    done = run_script("bench.py", "plot", *runs, "--out", tmp_path / "plot.png")
+    assert done.returncode == 0, done.stderr
+    png = (tmp_path / "plot.png").read_bytes()
+    assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">II", png[16:24]) == (1200, 800)
+
+
+def test_plot_tells_runs_of_one_name_apart_by_their_paths(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    runs = [make_run(tmp_path / part / "run", 2, ()) for part in "ab"]
+    assert [line.get_label() for line in bench.draw_runs(runs).axes[0].lines] == runs
+
+
+def test_plot_refuses_what_is_no_run(tmp_path):
+    with pytest.raises(ValueError, match="is not a run"):
+        bench.run_metrics(tmp_path)
+    run = make_run(tmp_path / "empty", 0, ())
+    with pytest.raises(ValueError, match="no step with a loss"):
+        bench.run_metrics(run)
 
 
 def test_lengthened_text_begins_with_the_given_one_and_joins_halves_of_its_clauses():

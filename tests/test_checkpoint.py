@@ -1,4 +1,4 @@
-"""Model folders are what transformers writes and reads; a training state comes back bit for bit or not at all."""
+"""Model folders are what transformers writes and reads (cut over several ranks: see test_state.py)."""
 
 import contextlib
 import hashlib
@@ -7,24 +7,18 @@ import os
 import pickle
 import resource
 import shutil
-import socket
-import subprocess
-import sys
+import signal
 import tempfile
-from pathlib import Path
 
 import pytest
 import sentencepiece
 import tokenizers
 import torch
-import torch.distributed as dist
 import transformers
-from conftest import ROOT, run_script, tiny_hf
-from safetensors import safe_open
+from conftest import run_script, tiny_hf
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-import common
 import model as decoder
 import tokenizer as tok
 from model import ModelConfig
@@ -41,8 +35,6 @@ CASES = {
     "bloom": ("bloom", {}),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ONE = common.Process(0, 1, "cpu")
-RANK, MANIFEST = "state/rank-00000.safetensors", "state/manifest.json"
 
 
 # --- helpers -------------------------------------------------------------------------------------------------
@@ -801,272 +793,6 @@ def test_folder_that_is_neither_a_model_nor_a_run_is_refused(tmp_path):
         checkpoint.read_config(tmp_path)
 
 
-# --- training state ------------------------------------------------------------------------------------------
-
-
-def test_rows_are_those_of_torch_chunk():
-    for n in range(1, 21):
-        for world in range(1, 7):
-            parts = torch.arange(n).chunk(world)  # may be fewer than `world`
-            for rank in range(world):
-                a, b = checkpoint.rows(n, rank, world)
-                expected = parts[rank].tolist() if rank < len(parts) else []
-                assert list(range(a, b)) == expected, (n, rank, world)
-
-
-def train_step(model, optimizer):
-    rows = torch.randint(model.config.vocab_size, (2, 13))  # from the global RNG, as dropout is
-    if model.config.head == "score":
-        loss = (model(rows) - 1).square().mean()
-    else:
-        loss = model(rows[:, :-1], rows[:, 1:].contiguous()).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
-def fresh(seed, **changes):
-    """A small model with dropout and its optimizer, which has no state yet."""
-    changes = {"vocab_size": 101, "hidden_size": 32, "intermediate_size": 88, "dropout": 0.1} | changes
-    made = decoder.build(own_config(**changes))
-    decoder.init_weights(made, seed)
-    return made.train(), torch.optim.AdamW(made.parameters(), lr=1e-2, weight_decay=0.1)
-
-
-def trained(seed=0, steps=3, **changes):
-    torch.manual_seed(seed)
-    made, optimizer = fresh(seed, **changes)
-    for _ in range(steps):
-        train_step(made, optimizer)
-    return made, optimizer
-
-
-def everything(model, optimizer):
-    """All that a resumed run needs, as one dict of tensors; torch's own state dicts, not our code."""
-    out = {f"parameter/{n}": p.detach().clone() for n, p in model.named_parameters()}
-    names = [n for n, _ in model.named_parameters()]
-    for i, state in optimizer.state_dict()["state"].items():
-        out |= {f"{key}/{names[i]}": value.clone() for key, value in state.items()}
-    return out
-
-
-def assert_equal_dicts(a, b):
-    assert set(a) == set(b)
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-
-
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"head": "score"}], ids=str)
-def test_resumed_training_continues_bit_for_bit(changes, tmp_path):
-    made, optimizer = trained(**changes)
-    extra = {"position": [3, 17], "名": "训练", "lr": 1e-2}
-    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, extra, ONE)
-    before, rng = everything(made, optimizer), torch.get_rng_state()
-    losses = [train_step(made, optimizer) for _ in range(3)]
-    after = everything(made, optimizer)
-
-    other, its_optimizer = fresh(seed=9, **changes)
-    torch.manual_seed(12345)
-    assert checkpoint.newest_step(tmp_path, ONE) == folder
-    assert checkpoint.load_step(folder, other, its_optimizer, ONE) == extra
-    assert torch.equal(torch.get_rng_state(), rng)
-    assert_equal_dicts(everything(other, its_optimizer), before)
-    assert any(k.startswith("step/") for k in before) and any(k.startswith("exp_avg_sq/") for k in before)
-    assert [train_step(other, its_optimizer) for _ in range(3)] == losses
-    assert_equal_dicts(everything(other, its_optimizer), after)
-
-
-def test_loaded_state_saves_again_to_the_same_bytes(tmp_path):
-    made, optimizer = trained()
-    first = checkpoint.save_step(tmp_path / "a", 3, made, optimizer, {"k": 1}, ONE)
-    other, its_optimizer = fresh(seed=9)
-    extra = checkpoint.load_step(first, other, its_optimizer, ONE)
-    second = checkpoint.save_step(tmp_path / "b", 3, other, its_optimizer, extra, ONE)
-    assert {"model.safetensors", RANK, MANIFEST} <= set(tree(first))
-    assert tree(first) == tree(second)
-
-
-def test_saved_step_is_a_model_folder_in_the_dtype_asked_and_the_state_stays_fp32(tmp_path):
-    import transformers as tf
-
-    made, optimizer = trained()
-    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, {}, ONE, dtype=torch.bfloat16)
-    assert (tmp_path / "latest").read_text().strip() == folder.name == "step_0000003"
-    theirs = load_hf(folder, tf.AutoModelForCausalLM)
-    assert_same_tensors(checkpoint.load_model(tmp_path), theirs)
-    state = load_file(folder / "state" / "rank-00000.safetensors")
-    assert all(t.dtype == torch.float32 for n, t in state.items() if not n.startswith("rng/"))
-    assert torch.equal(state["parameter/embed_tokens.weight"], made.embed_tokens.weight)
-
-
-def test_manifest_holds_the_digest_and_size_of_every_other_file_of_the_step(tmp_path):
-    folder = checkpoint.save_step(tmp_path, 3, *trained(), {"tokens": 78}, ONE)
-    manifest = checkpoint.read_manifest(folder)
-    files = tree(folder)
-    del files[MANIFEST]
-    assert {"model.safetensors", "config.json", RANK} <= set(files)
-    assert manifest["files"] == {
-        n: {"bytes": (folder / n).stat().st_size, "sha256": d} for n, d in files.items()
-    }
-    assert (manifest["step"], manifest["world"], manifest["extra"]) == (3, 1, {"tokens": 78})
-    assert manifest["shapes"]["parameter/embed_tokens.weight"] == [101, 32]
-    assert checkpoint.damage(folder) is None
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    run = tmp_path_factory.mktemp("runs") / "run"
-    made, optimizer = trained()
-    checkpoint.save_step(run, 1, made, optimizer, {"at": 1}, ONE)
-    train_step(made, optimizer)
-    checkpoint.save_step(run, 2, made, optimizer, {"at": 2}, ONE)
-    return run
-
-
-@pytest.fixture
-def run(two_steps, tmp_path):
-    """A copy of a run with the whole steps 1 and 2."""
-    return shutil.copytree(two_steps, tmp_path / "run")
-
-
-def flip(path, at=0.5):
-    data = bytearray(path.read_bytes())
-    data[int(len(data) * at)] ^= 1
-    path.write_bytes(data)
-
-
-def cut(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def zero(path):
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-DAMAGES = {
-    "a flipped bit in the middle of the rank file": (RANK, flip),
-    "a flipped bit in the header of the rank file": (RANK, lambda p: flip(p, 0.001)),
-    "a flipped bit in the last byte of the rank file": (RANK, lambda p: flip(p, 0.9999999)),
-    "a truncated rank file": (RANK, cut),
-    "an empty rank file": (RANK, lambda p: p.write_bytes(b"")),
-    "a zeroed rank file": (RANK, zero),
-    "a missing rank file": (RANK, Path.unlink),
-    "a longer rank file": (RANK, lambda p: p.write_bytes(p.read_bytes() + b"\0")),
-    "a truncated manifest": (MANIFEST, cut),
-    "an empty manifest": (MANIFEST, lambda p: p.write_bytes(b"")),
-    "a zeroed manifest": (MANIFEST, zero),
-    "a missing manifest": (MANIFEST, Path.unlink),
-    "a manifest that is a list": (MANIFEST, lambda p: p.write_text("[]")),
-    "a manifest of odd types": (MANIFEST, lambda p: p.write_text('{"files": [1]}')),
-    "a manifest of another data position": (MANIFEST, lambda p: p.write_text(p.read_text().replace('"at": 2', '"at": 3'))),
-    "a flipped bit in the weights": ("model.safetensors", flip),
-    "missing weights": ("model.safetensors", Path.unlink),
-    "a flipped bit in config.json": ("config.json", flip),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", DAMAGES)
-def test_damaged_step_is_named_and_the_next_older_one_is_taken(what, run, capsys):
-    name, spoil = DAMAGES[what]
-    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
-    assert capsys.readouterr().err == ""
-    spoil(run / "step_0000002" / name)
-    assert checkpoint.newest_step(run, ONE) == run / "step_0000001"
-    err = capsys.readouterr().err
-    assert str(run / "step_0000002" / name) in err and "damaged step" in err
-    assert checkpoint.load_step(run / "step_0000001", *fresh(9), ONE) == {"at": 1}
-
-
-def test_every_flipped_bit_of_a_manifest_is_noticed(run):
-    path = run / "step_0000002" / MANIFEST
-    data, value = path.read_bytes(), json.loads(path.read_bytes())
-    for at in range(0, len(data), 11):
-        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :])
-        if checkpoint.damage(path.parent.parent) is None:
-            assert json.loads(path.read_bytes()) == value  # 1e-05 and 1E-05 are one number
-
-
-def test_truncated_file_is_reported_with_both_sizes(run):
-    path = run / "step_0000002" / RANK
-    size = path.stat().st_size
-    cut(path)
-    assert checkpoint.damage(run / "step_0000002") == f"{path}: {size // 2} bytes instead of {size}"
-
-
-def test_a_run_of_damaged_steps_only_is_refused_with_all_of_them_listed(run, capsys):
-    flip(run / "step_0000001" / RANK)
-    (run / "step_0000002" / "model.safetensors").unlink()
-    with pytest.raises(ValueError) as error:
-        checkpoint.newest_step(run, ONE)
-    for text in (str(error.value), capsys.readouterr().err):
-        assert f"{run / 'step_0000001' / RANK}: damaged" in text
-        assert f"{run / 'step_0000002' / 'model.safetensors'}: missing" in text
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_run_without_steps_is_refused(exists, tmp_path):
-    if exists:
-        (tmp_path / "run" / "step_0000001.tmp").mkdir(parents=True)
-    with pytest.raises(ValueError, match="no saved step to resume from"):
-        checkpoint.newest_step(tmp_path / "run", ONE)
-
-
-def test_half_written_step_is_ignored_and_removed_by_prune(run):
-    shutil.copytree(run / "step_0000002", run / "step_0000003.tmp")
-    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
-    assert [p.name for p in checkpoint.saved_steps(run)] == ["step_0000001", "step_0000002"]
-    checkpoint.prune(run, keep=5)
-    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
-
-
-@pytest.mark.parametrize("keep, left", [(0, [2, 3, 10, 10000000]), (1, [10000000]), (2, [10, 10000000]), (9, [2, 3, 10, 10000000])])  # fmt: skip
-def test_prune_keeps_the_newest_steps_by_number_and_everything_that_is_no_step(keep, left, tmp_path):
-    for name in ("step_0000002", "step_0000010", "step_0000003", "step_10000000", "step_x", "notes"):
-        (tmp_path / name / "state").mkdir(parents=True)
-    (tmp_path / "step_0000001").write_text("a file")
-    checkpoint.prune(tmp_path, keep)
-    others = ["notes", "step_0000001", "step_x"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(others + [f"step_{n:07d}" for n in left])
-
-
-def test_newest_step_is_the_one_of_the_highest_number(run):
-    (run / "step_0000002").rename(run / "step_12345678")  # an eighth digit sorts wrongly as text
-    shutil.copytree(run / "step_0000001", run / "step_9999999")
-    assert checkpoint.newest_step(run, ONE) == run / "step_12345678"
-
-
-def test_leftover_of_a_killed_save_of_the_same_step_does_no_harm(tmp_path):
-    made, optimizer = trained()
-    rubbish = tmp_path / "step_0000003.tmp" / "state"
-    rubbish.mkdir(parents=True)
-    (rubbish / "rank-00007.safetensors").write_bytes(b"old")
-    folder = checkpoint.save_step(tmp_path, 3, made, optimizer, {}, ONE)
-    assert sorted(p.name for p in (folder / "state").iterdir()) == ["manifest.json", "rank-00000.safetensors"]
-    assert checkpoint.damage(folder) is None and not rubbish.exists()
-
-
-def test_saving_a_step_again_replaces_it(run):
-    made, optimizer = trained(seed=4)
-    checkpoint.save_step(run, 2, made, optimizer, {"at": "again"}, ONE)
-    other, its_optimizer = fresh(9)
-    assert checkpoint.load_step(checkpoint.newest_step(run, ONE), other, its_optimizer, ONE) == {
-        "at": "again"
-    }
-    assert_equal_dicts(everything(other, its_optimizer), everything(made, optimizer))
-    assert sorted(p.name for p in run.iterdir()) == ["latest", "step_0000001", "step_0000002"]
-
-
-@pytest.mark.parametrize("changes, words", [({"hidden_size": 64}, "embed_tokens.weight"), ({"num_hidden_layers": 3}, "layers.2.mlp.up_proj.weight"), ({"num_hidden_layers": 1}, "layers.1.mlp.up_proj.weight"), ({"head": "score"}, "score.weight")])  # fmt: skip
-def test_state_of_another_model_is_refused_and_changes_nothing(changes, words, run):
-    other, optimizer = fresh(9, **changes)
-    before = everything(other, optimizer)
-    with pytest.raises(ValueError, match="the saved state is of another model") as error:
-        checkpoint.load_step(run / "step_0000002", other, optimizer, ONE)
-    assert words in str(error.value)
-    assert_equal_dicts(everything(other, optimizer), before)
-
-
 @contextlib.contextmanager
 def disk_full_after(size):
     """Let every write beyond `size` bytes of a file fail, as a full disk does (EFBIG for ENOSPC)."""
@@ -1078,206 +804,43 @@ def disk_full_after(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize("step", [2, 3])
-@pytest.mark.parametrize("size, extra", [(1000, ""), (40_000, ""), (1_000_000, "x" * 2_000_000)])
-def test_full_disk_is_a_clear_error_and_leaves_the_earlier_steps_as_they_were(step, size, extra, run):
-    made, optimizer = trained(seed=4)
-    before = tree(run)
+@pytest.mark.parametrize("size, extra", [(5000, {}), (30_000, {"shard_bytes": 40_000}), (200, {})])
+def test_save_model_on_a_full_disk_is_a_clear_error_and_leaves_no_folder(size, extra, tmp_path):
+    made = own_model(own_config())
     with (
         disk_full_after(size),
-        pytest.raises(ValueError, match="could not be written; the earlier steps are intact"),
+        pytest.raises(ValueError, match="m could not be written\n.*(os error|Errno) 27"),
     ):
-        checkpoint.save_step(run, step, made, optimizer, {"long": extra}, ONE)
-    assert tree(run) == before
-    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
-    folder = checkpoint.save_step(run, step, made, optimizer, {}, ONE)  # and the next attempt works
-    assert checkpoint.damage(folder) is None
-
-
-def test_file_in_the_place_of_the_run_is_a_clear_error(run):
-    (run / "step_0000003.tmp").write_text("in the way")
-    with pytest.raises(ValueError, match="could not be written; the earlier steps are intact"):
-        checkpoint.save_step(run, 3, *trained(), {}, ONE)
-    assert checkpoint.newest_step(run, ONE) == run / "step_0000002"
-
-
-def test_save_model_on_a_full_disk_leaves_no_folder(tmp_path):
-    made = own_model(own_config())
-    with disk_full_after(5000), pytest.raises(Exception, match="."):
-        checkpoint.save_model(made, tmp_path / "m")
+        checkpoint.save_model(made, tmp_path / "m", **extra)
     assert list(tmp_path.iterdir()) == []
+    checkpoint.save_model(made, tmp_path / "m", **extra)
 
 
-# --- two processes -------------------------------------------------------------------------------------------
+def test_write_model_names_every_file_that_it_wrote(vocabularies, tmp_path):
+    old, _ = loaded(vocabularies)
+    names = checkpoint.write_model(own_model(own_config()), tmp_path, old, shard_bytes=50_000)
+    assert len(names) == len(set(names)) and set(names) == set(tree(tmp_path)) and len(names) > 6
 
 
-def launch(function, *args, world=2):
-    """Run a function of this file in `world` processes of one gloo group; every one must end with status 0."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = f"import sys, test_checkpoint; test_checkpoint.{function}(*sys.argv[1:])"
-    common_env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common_env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)],
-            env={**os.environ, **common_env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [w.communicate(timeout=90)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0] * world, "\n".join(outputs)
-    return outputs
+KILLED = """
+import resource, signal, sys, checkpoint
+model = checkpoint.load_model(sys.argv[1])
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # the kernel kills who writes beyond the limit
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+checkpoint.save_model(model, sys.argv[2])
+"""
 
 
-def dump(path, model, optimizer):
-    save_file({n: t.contiguous() for n, t in everything(model, optimizer).items()}, path)
+def test_killed_export_leaves_nothing_under_the_final_name_and_the_next_works(saved, tmp_path):
+    made, folder = saved()
+    assert run_script("-c", KILLED, folder, tmp_path / "copy").returncode == -signal.SIGXFSZ
+    assert not (tmp_path / "copy").exists() and (tmp_path / "copy.tmp").exists()
+    checkpoint.save_model(made, tmp_path / "copy")
+    assert tree(tmp_path / "copy") == tree(folder) and not (tmp_path / "copy.tmp").exists()
 
 
-def refused(run, step, extra, limit, made, process):
-    """Say what save_step raises on this rank, with writes beyond `limit` bytes failing (None: no limit)."""
-    with disk_full_after(limit) if limit else contextlib.nullcontext():
-        try:
-            checkpoint.save_step(run, step, *made, extra, process)
-        except ValueError as error:
-            return str(error)
-    return "saved"
-
-
-def pair(folder):
-    """Run in each of two processes; what is found is written down for the test to judge."""
-    folder = Path(folder)
-    process = common.start_process("cpu")
-    rank, out = process.rank, {}
-
-    # a state saved by one process
-    made = fresh(seed=9, head="score")
-    out["extra"] = checkpoint.load_step(checkpoint.newest_step(folder / "one", process), *made, process)
-    dump(folder / f"loaded-{rank}", *made)
-
-    # saved by two, restored by two, under DDP: each rank gets its own RNG back
-    made = torch.nn.parallel.DistributedDataParallel(made[0]), made[1]
-    torch.manual_seed(100 + rank)
-    run = folder / "two"
-    checkpoint.save_step(run, 4, *made, {"by": 2}, process)
-    out["drawn"] = torch.rand(3).tolist()
-    torch.manual_seed(7)
-    again, optimizer = fresh(seed=8, head="score")
-    wrapped = torch.nn.parallel.DistributedDataParallel(again)
-    checkpoint.load_step(checkpoint.newest_step(run, process), wrapped, optimizer, process)
-    out["drawn again"] = torch.rand(3).tolist()
-    dump(folder / f"again-{rank}", again, optimizer)
-
-    # a damaged newest step: both ranks take the same older one
-    checkpoint.save_step(run, 5, *made, {}, process)
-    if rank == 0:
-        flip(run / "step_0000005" / "state" / "rank-00001.safetensors")
-    dist.barrier()
-    out["newest"] = checkpoint.newest_step(run, process).name
-    dist.barrier()
-    if rank == 0:
-        shutil.rmtree(run / "step_0000005")
-        (run / "step_0000008.tmp").write_text("in the way")
-    dist.barrier()
-
-    # failures of one rank, and of what only rank 0 writes
-    out["rank 1 has no space"] = refused(run, 6, {}, 1000 if rank == 1 else None, made, process)
-    out["no space for the manifest"] = refused(run, 7, {"x": "x" * 1_000_000}, 500_000, made, process)
-    out["folder cannot be made"] = refused(run, 8, {}, None, made, process)
-    out["steps"] = sorted(p.name for p in run.iterdir() if p.is_dir())
-    (folder / f"out-{rank}.json").write_text(json.dumps(out))
-    common.finish_process()
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    """Give (folder written by `pair`, the full state, what each rank said); vocabulary 101, a head of one row."""
-    folder = tmp_path_factory.mktemp("ranks")
-    made = trained(head="score")
-    checkpoint.save_step(folder / "one", 3, *made, {"by": 1}, ONE)
-    outputs = launch("pair", folder)
-    said = [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(2)]
-    return folder, everything(*made), said, outputs
-
-
-def test_state_saved_by_one_process_loads_in_two(two_ranks):
-    folder, full, said, outputs = two_ranks
-    assert [s["extra"] for s in said] == [{"by": 1}] * 2
-    for rank in range(2):
-        assert_equal_dicts(load_file(folder / f"loaded-{rank}"), full)
-    assert "saved by 1 processes, resumed by 2" in outputs[0]
-
-
-def test_each_rank_file_holds_exactly_its_rows(two_ranks):
-    folder, full, _, _ = two_ranks
-    sizes = set()
-    for rank in range(2):
-        with safe_open(folder / f"two/step_0000004/state/rank-{rank:05d}.safetensors", "pt") as file:
-            assert set(file.keys()) == set(full) | {"rng/cpu"}
-            for name, tensor in full.items():
-                part = file.get_tensor(name)
-                if tensor.dim():
-                    a, b = checkpoint.rows(len(tensor), rank, 2)
-                    sizes.add((len(tensor), b - a))
-                    tensor = tensor[a:b]
-                assert torch.equal(part, tensor), name
-    assert {(101, 51), (101, 50), (1, 1), (1, 0)} <= sizes  # uneven and empty parts were among them
-
-
-def test_state_saved_by_two_processes_loads_in_one(two_ranks, capsys):
-    folder, full, _, _ = two_ranks
-    made = fresh(seed=5, head="score")
-    step = checkpoint.newest_step(folder / "two", ONE)
-    assert step.name == "step_0000004"
-    assert checkpoint.load_step(step, *made, ONE) == {"by": 2}
-    assert_equal_dicts(everything(*made), full)
-    assert "saved by 2 processes, resumed by 1" in capsys.readouterr().out
-
-
-def test_state_saved_by_two_processes_loads_in_two_with_each_ranks_own_random_numbers(two_ranks):
-    folder, full, said, _ = two_ranks
-    for rank in range(2):
-        assert_equal_dicts(load_file(folder / f"again-{rank}"), full)
-        assert said[rank]["drawn"] == said[rank]["drawn again"]
-    assert said[0]["drawn"] != said[1]["drawn"]
-
-
-def test_all_ranks_pass_over_the_same_damaged_step(two_ranks):
-    _, _, said, outputs = two_ranks
-    assert [s["newest"] for s in said] == ["step_0000004"] * 2
-    assert "step_0000005/state/rank-00001.safetensors: damaged" in outputs[0]
-
-
-@pytest.mark.parametrize(
-    "what", ["rank 1 has no space", "no space for the manifest", "folder cannot be made"]
-)
-def test_a_rank_that_cannot_write_makes_all_ranks_raise(what, two_ranks):
-    _, _, said, _ = two_ranks
-    assert said[0][what] == said[1][what]
-    assert "could not be written; the earlier steps are intact" in said[0][what]
-    assert ("rank 1: " if what == "rank 1 has no space" else "rank 0: ") in said[0][what]
-    assert said[0]["steps"] == ["step_0000004"]
-
-
-def test_whole_step_written_by_two_processes_is_a_model_folder_for_transformers(two_ranks):
-    import transformers as tf
-
-    folder, full, _, _ = two_ranks
-    step = folder / "two" / "step_0000004"
-    assert checkpoint.damage(step) is None
-    theirs = load_hf(step, tf.AutoModelForSequenceClassification)
-    assert torch.equal(theirs.score.weight, full["parameter/score.weight"])
-
-
-# --- 6. rows for an extended vocabulary ----------------------------------------------------------------------
+# --- rows for an extended vocabulary ----------------------------------------------------------------------
 
 OLD, TABLE, NEW = 300, 320, 350  # tokens, rows of the model, tokens of the extended tokenizer
 MARKS = ["<|System|>", "<|Human|>"]
@@ -1537,16 +1100,3 @@ def test_command_line_resizes_a_run_and_takes_the_old_tokenizer_from_elsewhere(v
     assert done.stdout.strip().endswith("wide: 320 -> 352 rows, 50 for new tokens, 2 of padding")
     made = checkpoint.load_model(tmp_path / "wide")
     assert made.embed_tokens.weight.shape[0] == 352 and made.embed_tokens.weight.dtype == torch.bfloat16
-
-
-def test_command_check_names_the_damaged_step_of_a_run(run, capsys):
-    steps = checkpoint.saved_steps(run)
-    checkpoint.check(checkpoint.Check(str(run)))
-    assert capsys.readouterr().out.count(": whole\n") == len(steps) == 2
-    (steps[-1] / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="not every step is whole"):
-        checkpoint.check(checkpoint.Check(str(run)))
-    out = capsys.readouterr().out
-    assert out.count(": whole\n") == 1 and f"{steps[-1] / 'config.json'}: 2 bytes instead of" in out
-    with pytest.raises(ValueError, match="no saved step here"):
-        checkpoint.check(checkpoint.Check(str(run.parent / "none")))

@@ -22,9 +22,9 @@ from conftest import ROOT, run_script
 # a file imports project modules from lower lines only, never from its own
 LEVELS = [
     "common kernels",
-    "model tokenizer clean demo_corpus",
+    "model tokenizer clean demo_corpus optim",
     "checkpoint",
-    "data lora parallel",
+    "data lora parallel state",
     "generate plan",
     "train quantize",
     "sft reward dpo evaluate rag",

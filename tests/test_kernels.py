@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.quant import int4_dequantize
@@ -20,6 +21,7 @@ from kernels.quant import int4_dequantize
 FP32, FP32_GRAD, BF16 = 2e-6, 4e-6, 1.2e-2
 pytestmark = pytest.mark.usefixtures("one_thread")
 linear_nll_file = sys.modules["kernels.linear_nll"]  # the attribute kernels.linear_nll is the function
+attention_file = sys.modules["kernels.attention"]
 
 
 def rel(got: torch.Tensor, want: torch.Tensor, if_zero: float = 1.0) -> float:
@@ -249,6 +251,70 @@ def test_attention_in_bf16_is_as_good_as_plain_torch(kind):
         errors.append([rel(a, b) for a, b in zip(got, want)])
     for name, ours, theirs in zip(("y", "dq", "dk", "dv"), *errors):
         assert ours < BF16 and ours <= 2 * theirs + 1e-6, (name, ours, theirs)
+
+
+def pieces(monkeypatch, merge, block, keep):
+    for name, value in (("MERGE", merge), ("BLOCK", block), ("KEEP", keep)):
+        monkeypatch.setattr(attention_file, name, value)
+
+
+def test_tokens_are_cut_between_documents_but_not_into_small_pieces(monkeypatch):
+    first = torch.tensor([0, 0, 2, 2, 2, 5, 6, 6])  # documents of 2, 3, 1 and 2 tokens
+    for merge, want in (
+        (0, [(0, 2), (2, 5), (5, 6), (6, 8)]),
+        (3, [(0, 2), (2, 5), (5, 8)]),
+        (5, [(0, 5), (5, 8)]),
+    ):
+        monkeypatch.setattr(attention_file, "MERGE", merge)
+        assert attention_file._spans(first) == want
+    monkeypatch.setattr(attention_file, "MERGE", 0)
+    assert attention_file._spans(torch.tensor([0, 0, 1, 2, 4])) == [(0, 4), (4, 5)]  # a window, then a cut
+
+
+@pytest.mark.parametrize("H, K", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("merge, block, keep", [(0, 7, 99), (12, 7, 10), (12, 40, 0), (99, 16, 50)])
+@pytest.mark.parametrize("kind", ["many documents", "documents of length 1", "window of 5", "left padding"])
+def test_training_works_document_by_document_however_it_is_cut(monkeypatch, kind, merge, block, keep, H, K):
+    pieces(monkeypatch, merge, block, keep)
+    lo = LO[kind].minimum(torch.arange(40))  # a query without keys goes another way
+    check_attention(*qkv(2, H, K, 40, 40, 16), lo=lo)
+
+
+def test_training_computes_nothing_between_documents():
+    """Rows of 4 documents of 128: no tensor is larger than the scores of one, and none is (T, T)."""
+    q, k, v = (t.requires_grad_() for t in qkv(1, 2, 2, 512, 512, 16))
+    lo = starts(128, 128, 128, 128)[None]
+    with Largest() as seen:
+        kernels.attention(q, k, v, lo=lo).sum().backward()
+    assert seen.elements == 2 * 128 * 128
+    with torch.no_grad(), Largest() as seen:
+        kernels.attention(q, k, v, lo=lo)
+    assert seen.elements >= 512 * 512  # the observer does see masks
+
+
+def test_attention_by_document_gradcheck(monkeypatch):
+    pieces(monkeypatch, 2, 2, 3)
+    q, k, v = (t.double().requires_grad_() for t in qkv(2, 2, 1, 7, 7, 2))
+    lo = torch.stack([starts(2, 5), starts(1, 1, 3, 2)])
+    assert gradcheck(lambda *t: kernels.attention(*t, lo=lo), (q, k, v))
+
+
+def test_short_bf16_rows_equal_the_formula_with_and_without_documents():
+    q, k, v = qkv(2, 4, 2, 300, 300, 64, dtype=torch.bfloat16)
+    for lo in (None, torch.stack([starts(100, 200), starts(17, 283)])):
+        truth = [t.double().requires_grad_() for t in (q, k, v)]
+        mine = [t.clone().requires_grad_() for t in (q, k, v)]
+        seen = torch.arange(300) <= torch.arange(300)[:, None]
+        seen = (seen if lo is None else seen & (torch.arange(300) >= lo[..., None])[:, None]).expand(
+            2, 1, 300, 300
+        )
+        want = F.scaled_dot_product_attention(*truth, attn_mask=seen, enable_gqa=True)
+        y = kernels.attention(*mine, lo=lo)
+        g = randn(*y.shape, seed=9, dtype=torch.bfloat16)
+        y.backward(g)
+        want.backward(g.double())
+        assert rel(y, want) < BF16
+        assert all(rel(a.grad, b.grad) < BF16 for a, b in zip(mine, truth))  # measured 4.6e-3
 
 
 @pytest.mark.parametrize("alibi", [False, True])
@@ -524,6 +590,7 @@ def test_glu_defaults_to_swiglu():
 @pytest.fixture(params=[1, 5 * 101, 1 << 21], ids=["1 row a chunk", "5 rows a chunk", "one chunk"])
 def chunk(request, monkeypatch):
     monkeypatch.setitem(linear_nll_file.CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(linear_nll_file.BLOCK_ELEMENTS, "cpu", max(1, request.param // 3))
 
 
 def head_inputs(N=37, V=101, C=48, bias=True, ignore="some", dtype=torch.float32, scale=1.0):
@@ -593,8 +660,9 @@ def test_linear_nll_survives_logits_of_80(chunk):
 def test_linear_nll_does_not_depend_on_the_chunks(monkeypatch):
     x, w, b, targets = head_inputs(64, 101, 48)
     results = []
-    for elements in (1, 101, 7 * 101, 64 * 101, 1 << 30):
+    for elements, block in ((1, 1), (101, 101), (7 * 101, 3 * 101), (64 * 101, 1), (1 << 30, 1 << 30)):
         monkeypatch.setitem(linear_nll_file.CHUNK_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(linear_nll_file.BLOCK_ELEMENTS, "cpu", block)
         leaves = [t.clone().requires_grad_() for t in (x, w, b)]
         nll, lse = kernels.linear_nll(*leaves, targets)
         (nll.sum() + 1e-2 * lse.square().sum()).backward()
@@ -663,7 +731,126 @@ def test_linear_nll_never_holds_all_logits(monkeypatch):
     assert seen.elements == N * V  # the observer does see logits
 
 
-# --- 6. eight and four bits ----------------------------------------------------------------------------------
+# --- 6. own backward passes ----------------------------------------------------------------------------------
+
+
+def trained(B=2, T=9, C=16):
+    """Every operation with a backward pass of its own, its inputs (fp32), and the plain formula."""
+    lo = torch.stack([starts(4, 5), starts(9)])
+    table = kernels.rope_table(torch.arange(T)[None], frequencies(C // 2))
+    mask = (torch.arange(T) <= torch.arange(T)[:, None]) & (torch.arange(T) >= lo[..., None])
+    targets = torch.arange(B * T) % 7
+    w, b, x = randn(C, seed=1) + 1, randn(C, seed=2), randn(B, T, C)
+
+    def plain_rope(x):
+        a, c = x[..., : C // 4], x[..., C // 4 : C // 2]
+        cos, sin = table[0][..., : C // 4], table[1][..., C // 4 :]
+        return torch.cat([a * cos - c * sin, c * cos + a * sin, x[..., C // 2 :]], -1)
+
+    return {
+        "rms_norm": (
+            lambda x, w: kernels.rms_norm(x, w, 1e-5),
+            (x, w),
+            lambda x, w: formula_rms(x, w, 1e-5)[0],
+        ),
+        "layer_norm": (
+            lambda x, w, b: kernels.layer_norm(x, w, b, 1e-5),
+            (x, w, b),
+            lambda x, w, b: formula_layer(x, w, b, 1e-5)[0],
+        ),
+        "rope": (lambda x: kernels.rope(x, *table), (randn(B, 2, T, C),), plain_rope),
+        "attention": (
+            lambda q, k, v: kernels.attention(q, k, v, lo=lo),
+            qkv(B, 4, 2, T, T, 8),
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True),
+        ),
+        "linear_nll": (
+            lambda x, w, b: kernels.linear_nll(x, w, b, targets)[0],
+            (randn(B * T, C), randn(7, C, seed=1), randn(7, seed=2)),
+            lambda x, w, b: reference_nll(x, w, b, targets)[0],
+        ),
+    }
+
+
+OWN = ["rms_norm", "layer_norm", "rope", "attention", "linear_nll"]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_backward_passes_serve_every_choice_of_what_needs_a_gradient(name):
+    op, inputs, formula = trained()[name]
+    for needed in itertools.product([False, True], repeat=len(inputs)):
+        mine = [t.clone().requires_grad_(n) for t, n in zip(inputs, needed)]
+        truth = [t.double().requires_grad_(n) for t, n in zip(inputs, needed)]
+        y, want = op(*mine), formula(*truth)
+        assert y.requires_grad == any(needed) and rel(y, want) < FP32
+        if any(needed):
+            g = randn(*y.shape, seed=7)
+            y.backward(g)
+            want.backward(g.double())
+        for a, b, n in zip(mine, truth, needed):
+            assert (a.grad is not None) == n and (not n or rel(a.grad, b.grad) < FP32_GRAD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", OWN)
+def test_own_backward_passes_give_the_same_bits_without_gradients_and_when_checkpointed(name, dtype):
+    op, inputs, _ = trained()[name]
+    inputs = [t.to(dtype) for t in inputs]
+
+    def run(f):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y = f(*leaves)
+        y.backward(randn(*y.shape, seed=7, dtype=y.dtype))
+        return [y, *(t.grad for t in leaves)]
+
+    plain, again = run(op), run(lambda *t: checkpoint(op, *t, use_reentrant=False))
+    assert all(torch.equal(a, b) for a, b in zip(plain, again))
+    if name != "attention":  # which takes another way, and rounds elsewhere
+        assert torch.equal(op(*inputs), plain[0])
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_own_backward_passes_can_be_compiled(name):
+    op, inputs, _ = trained()[name]
+    torch.compiler.reset()
+    compiled = torch.compile(op, backend="aot_eager")  # traces as Inductor does, and needs no C++ compiler
+    results = []
+    for f in (op, compiled):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        y = f(*leaves)
+        results.append([y, *torch.autograd.grad(y, leaves, randn(*y.shape, seed=7))])
+    assert all(rel(a, b) < FP32_GRAD for a, b in zip(*results))
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm", "rope"])
+def test_own_backward_passes_gradcheck(name):
+    op, inputs, _ = trained(1, 9, 4)[name]
+    if name == "rope":  # fp32 angles: see test_rope_gradient_is_the_inverse_rotation for float64 ones
+        table = kernels.rope_table(torch.arange(9)[None], frequencies(2).double())
+        op = lambda x: kernels.rope(x, *table)
+    assert gradcheck(op, [t.double().requires_grad_() for t in inputs])
+
+
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+def test_norm_sums_the_gradients_of_many_bf16_rows_in_fp32(norm):
+    """PyTorch's layer_norm sums them in bf16 if the weight is: 5 % off after 2,048 rows."""
+    op, (_, *weights), formula = trained(C=64)[norm]
+    x, g = randn(2048, 64, dtype=torch.bfloat16), randn(2048, 64, seed=3, dtype=torch.bfloat16)
+    mine = [t.clone().requires_grad_() for t in (x, *weights)]
+    truth = [t.double().requires_grad_() for t in (x, *weights)]
+    op(*mine).backward(g)
+    formula(*truth).backward(g.double())
+    for a, b in zip(mine[1:], truth[1:]):
+        assert a.grad.dtype == torch.float32 and rel(a.grad, b.grad) < 1e-5  # measured 6e-7
+    assert rel(mine[0].grad, truth[0].grad) < 4e-3
+    low = x.clone().requires_grad_()
+    bad = [t.bfloat16().requires_grad_() for t in (*weights, torch.zeros(64))][:2]
+    F.layer_norm(low, (64,), *bad).backward(g)
+    xhat = formula_layer(x.double(), 1.0, 0.0, 1e-5)[0]
+    assert rel(bad[0].grad, (xhat * g.double()).sum(0)) > 1e-2  # so this test can fail
+
+
+# --- 7. eight and four bits ----------------------------------------------------------------------------------
 
 
 def pack(nibbles: torch.Tensor) -> torch.Tensor:
@@ -733,7 +920,7 @@ def test_int8_linear_takes_fp32_scales_with_bf16_activations():
     assert y.dtype == torch.bfloat16 and y.tolist() == [[0.0, 0.0]]
 
 
-# --- 7. one row ----------------------------------------------------------------------------------------------
+# --- 8. one row ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

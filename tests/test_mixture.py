@@ -12,10 +12,10 @@ import tyro
 from conftest import run_script
 from test_data import numbered, same_batch, write_shards
 
-import checkpoint
 import common
 import data
 import model as M
+import state
 import tokenizer as tok
 import train
 
@@ -378,7 +378,7 @@ def test_the_file_is_read_at_evaluations_a_bad_one_is_announced_and_resuming_is_
     for step, content in ((6, EDITS[4]), (9, EDITS[10])):
         out = tmp_path / f"from{step}"
         shutil.copytree(tmp_path / "whole", out)
-        for later in (p for p in checkpoint.saved_steps(out) if int(p.name[5:]) > step):
+        for later in (p for p in state.saved_steps(out) if int(p.name[5:]) > step):
             shutil.rmtree(later)
         path.write_text(content)
         edits = {at - step: text for at, text in EDITS.items() if at >= step}

@@ -22,6 +22,8 @@ import checkpoint
 import common
 import data
 import model as M
+import optim
+import state
 import tokenizer as tok
 import train
 
@@ -114,28 +116,6 @@ def finished_by_two(shards, tmp_path_factory):
 # --- what it computes ----------------------------------------------------------------------------------------
 
 
-def test_learning_rate_has_the_golden_values():
-    cfg = train.FitConfig("x", lr=1.0, final_lr=0.1, warmup=4)
-    at = [train.learning_rate(s, 100, cfg) for s in (0, 1, 3, 4, 51, 99)]
-    middle = 0.1 + 0.9 * (1 + math.cos(math.pi * 47 / 95)) / 2
-    assert at == pytest.approx([0.25, 0.5, 1.0, 1.0, middle, 0.1])
-    wsd = train.FitConfig("x", lr=1.0, final_lr=0.0, warmup=10, schedule="wsd", decay=0.2)
-    at = [train.learning_rate(s, 100, wsd) for s in (0, 9, 10, 79, 80, 89, 99)]
-    assert at == pytest.approx([0.1, 1.0, 1.0, 1.0, 0.95, 0.5, 0.0])
-
-
-def test_warmup_never_exceeds_a_tenth_of_the_run():
-    assert train.learning_rate(1, 20, train.FitConfig("x", lr=1.0, warmup=1000)) == 1.0
-
-
-def test_only_matrices_decay():
-    model = M.build(M.ModelConfig("phi", 32, 16, 1, 2, 32, 16))
-    decaying, rest = train.make_optimizer(model, train.FitConfig("x")).param_groups
-    assert {p.dim() for p in decaying["params"]} == {2} and decaying["weight_decay"] == 0.1
-    assert {p.dim() for p in rest["params"]} == {1} and rest["weight_decay"] == 0
-    assert len(decaying["params"]) + len(rest["params"]) == len(list(model.parameters()))
-
-
 def one_step(tmp_path, batches, micro_rows, clip=0.0):
     """Take one step with `fit` on fixed rows, cut into micro-batches of `micro_rows`; return the parameters."""
     model = M.build(M.ModelConfig("llama", 64, 32, 2, 4, 64, 32, tie_word_embeddings=True))
@@ -177,9 +157,9 @@ def test_a_step_equals_adamw_on_the_mean_of_cross_entropy(tmp_path):
     ours, cfg = one_step(tmp_path, batch, 2, clip=0.5)
     plain = M.build(ours.config)
     M.init_weights(plain, 3)
-    optimizer = train.make_optimizer(plain, cfg)
+    optimizer = optim.make_optimizer(plain, cfg)
     for group in optimizer.param_groups:
-        group["lr"] = train.learning_rate(0, 1, cfg)
+        group["lr"] = optim.learning_rate(0, 1, cfg)
     loss = F.cross_entropy(plain(batch["ids"]).flatten(0, 1), batch["targets"].flatten())
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
@@ -227,7 +207,7 @@ def test_validation_loss_and_bits_per_byte_are_those_of_a_plain_sum(finished, sh
     folder = out / "step_0000012"
     model = checkpoint.load_model(folder, torch.float32)
     with torch.no_grad():  # the saved folder is bf16; the state has the fp32 weights that were evaluated
-        checkpoint.load_step(folder, model, torch.optim.AdamW(model.parameters()), ONE)
+        state.load_step(folder, model, torch.optim.AdamW(model.parameters()), ONE)
     val = data.Shards([shards], "val")
     nats = count = 0
     for d in range(len(val)):
@@ -244,7 +224,7 @@ def test_validation_loss_and_bits_per_byte_are_those_of_a_plain_sum(finished, sh
 
 def test_only_the_named_parameters_train_and_the_run_resumes(shards, finished, tmp_path):
     """The first stage after a vocabulary has grown: embedding and head learn, all else keeps its bits."""
-    flags = ("--init", str(finished[0]), "--only", "embed_tokens,lm_head", "--save_dtype", "float32")
+    flags = ("--init", str(finished[0]), "--train_only", "embed_tokens,lm_head", "--save_dtype", "float32")
     for name in ("whole", "cut"):
         run(shards, tmp_path / name, *flags)
     shutil.rmtree(tmp_path / "cut" / "step_0000012")
@@ -254,10 +234,10 @@ def test_only_the_named_parameters_train_and_the_run_resumes(shards, finished, t
     after = checkpoint.load_model(tmp_path / "whole").state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"embed_tokens.weight", "lm_head.weight"} & before.keys()
-    done = run(shards, tmp_path / "no", "--only", "embedding", expect=2)
-    assert "--only embedding: in no parameter's name" in done.stderr
-    done = run(shards, tmp_path / "cut", "--resume", "--only", "embed_tokens", expect=2)
-    assert "only: 'embed_tokens,lm_head' when saved, 'embed_tokens' now" in done.stderr
+    done = run(shards, tmp_path / "no", "--train_only", "embedding", expect=2)
+    assert "--train_only embedding: in no parameter's name" in done.stderr
+    done = run(shards, tmp_path / "cut", "--resume", "--train_only", "embed_tokens", expect=2)
+    assert "train_only: 'embed_tokens,lm_head' when saved, 'embed_tokens' now" in done.stderr
 
 
 def test_init_refuses_data_of_another_byte_level_tokenizer(shards, tmp_path):
@@ -305,7 +285,7 @@ def test_resume_after_sigterm_is_bit_exact(shards, tmp_path, finished, finished_
     out = tmp_path / "run"
     code = stop_after(shards, out, 5, signal.SIGTERM, ranks)
     assert code == (143 if ranks == 1 else 1)  # torchrun answers 1 even to an orderly stop
-    saved = checkpoint.saved_steps(out)[-1]
+    saved = state.saved_steps(out)[-1]
     assert 5 <= int(saved.name[5:]) < 12
     run(shards, out, "--resume", ranks=ranks)
     assert state_digest(out) == state_digest(finished[0] if ranks == 1 else finished_by_two)
@@ -404,7 +384,7 @@ def test_a_run_killed_before_its_first_save_starts_again_from_the_same_weights(s
     more = ("--init", str(finished[0]), "--save_every", "10")
     run(shards, tmp_path / "whole", *more)
     stop_after(shards, tmp_path / "run", 2, signal.SIGKILL, 1, more=more)
-    assert not checkpoint.saved_steps(tmp_path / "run")
+    assert not state.saved_steps(tmp_path / "run")
     run_again = run_script("train.py", "--resume", "--out", tmp_path / "run", OMP_NUM_THREADS=1)
     assert run_again.returncode == 0, run_again.stderr
     assert state_digest(tmp_path / "run") == state_digest(tmp_path / "whole")
@@ -451,8 +431,8 @@ def test_a_non_finite_loss_stops_with_the_last_good_step_intact(shards, tmp_path
     out = tmp_path / "run"
     done = run(shards, out, "--lr", "1e30", "--clip", "0", "--save_every", "1", "--eval_every", "0", expect=2)
     assert "not finite" in done.stderr and "is saved" in done.stderr
-    step = checkpoint.newest_step(out, ONE)
-    assert checkpoint.damage(step) is None
+    step = state.newest_step(out, ONE)
+    assert state.damage(step) is None
     assert f"step {int(step.name[5:])} is saved" in done.stderr
 
 
@@ -497,8 +477,8 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_steps_whole(shards, tm
     flags = ["train.py", "--out", str(out), "--resume", "--steps", "6", "--eval_every", "0"]
     done = run_script("-c", limit, *flags, OMP_NUM_THREADS=1)
     assert done.returncode == 2 and "could not be written" in done.stderr, done.stderr
-    assert [p.name for p in checkpoint.saved_steps(out)] == ["step_0000003"]
-    assert checkpoint.damage(out / "step_0000003") is None and not list(out.glob("*.tmp"))
+    assert [p.name for p in state.saved_steps(out)] == ["step_0000003"]
+    assert state.damage(out / "step_0000003") is None and not list(out.glob("*.tmp"))
 
 
 @pytest.mark.parametrize("field", ["lr", "clip", "log_every", "keep", "dropout", "tokens_per_step"])
