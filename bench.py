@@ -14,10 +14,10 @@ run one process after the other.
     python bench.py bpe out/demo/pretrain               # learning byte-level BPE beside `tokenizers`
     python bench.py clean corpus.jsonl                  # does a model learn more from the cleaned text?
     python bench.py dedup corpus.jsonl                  # a million documents: time, memory, near-copies found
+    python bench.py optimizers corpus.jsonl             # AdamW beside Muon on equal tokens, three seeds each
     python bench.py plot out/run out/run2 --out plot.png    # loss, learning rate, speed of several runs
 
-All but `world`, `bits`, `clean`, `dedup` and `plot` need transformers and tokenizers (pip install -r
-requirements-dev.txt).
+`train`, `decode`, `data` and `bpe` need transformers and tokenizers (pip install -r requirements-dev.txt).
 
 Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques" (interpolated form).
 """
@@ -41,6 +41,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -888,5 +889,81 @@ def run_metrics(run: str | Path) -> list[dict]:
     return rows
 
 
+# --- 6. optimizers ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class OptimizersBench:
+    corpus: tyro.conf.Positional[tuple[str, ...]]  # files of documents, or folders of them
+    tokens: float = 5e5  # to train each model on
+    seeds: int = 3  # models of each optimizer, at its best learning rate
+    lr: float = 4e-3  # middle of the scan; half and twice of it are tried, too, and further where that helps
+    vocab_size: int = 6144  # of the one tokenizer
+    preset: str = "demo"  # a name of model.PRESETS
+    out: str = "out/optimizers"  # folder for the runs, and for runs.png of the best
+
+
+def optimizers(config: OptimizersBench) -> None:
+    """Train with AdamW and with Muon on equal tokens: validation losses, and when Muon is where AdamW ends.
+
+    For each optimizer the learning rate is scanned by factors of two on seed 1, as far as the loss falls; the
+    other seeds train at the best. Two runs go on at a time, with a thread each. The crossing is read off
+    Muon's own curve, whose learning rate has not fallen there: a shorter Muon run would need fewer tokens.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with common.atomic_folder(config.out) as folder, ThreadPoolExecutor(2) as pool:
+        watch("clean.py", *(Path(path).resolve() for path in config.corpus), "--out", folder / "clean")
+        learn = ("--vocab_size", config.vocab_size, "--out", folder / "tok")
+        watch("tokenizer.py", "train", folder / "clean", *learn)
+        options = ("--tokenizer", folder / "tok", "--val_ratio", 0.005, "--out", folder / "packed")
+        watch("data.py", "pack", folder / "clean", *options)
+        report = common.read_json(folder / "packed" / "shards.json")
+        print(f"{report['train']['tokens']:,} tokens to train on, {report['val']['tokens']:,} to validate")
+
+        def run(kind: str, lr: float, seed: int) -> np.ndarray:
+            """Train one model; return its curve, (evaluations, 2): tokens, validation loss."""
+            out = folder / f"{kind}-{lr:g}-{seed}"
+            every = max(1, round(config.tokens / 2048 / 10))
+            shape = (
+                f"--preset {config.preset} --row_tokens 256 --tokens_per_step 2048 --tokens {config.tokens}"
+            )
+            schedule = f"--optimizer {kind} --lr {lr} --warmup 50 --final_lr 0.02 --seed {seed}"
+            saving = f"--eval_every {every} --save_every 0 --keep 1"
+            options = f"{shape} {schedule} {saving}".split()
+            watch("train.py", "--data", folder / "packed", "--out", out, *options)
+            rows = common.read_metrics(out / "metrics.jsonl")
+            tokens = {row["step"]: row["tokens"] for row in rows if "tokens" in row}
+            curve = np.array([(tokens[r["step"]], r["val_loss"]) for r in rows if "val_loss" in r])
+            speed = statistics.median(row["tokens_per_second"] for row in rows if "tokens_per_second" in row)
+            print(f"{kind}, lr {lr:g}, seed {seed}: {curve[-1, 1]:.4f} ({speed:,.0f} tokens/s)", flush=True)
+            return curve
+
+        curves, best_of = {}, {}  # optimizer -> a curve per seed; its best run's folder
+
+        def compare(kind: str) -> None:
+            scan = {lr: run(kind, lr, 1) for lr in (config.lr / 2, config.lr, config.lr * 2)}
+            last = lambda lr: scan[lr][-1, 1]
+            while (best := min(scan, key=last)) in (min(scan), max(scan)):
+                further = best / 2 if best == min(scan) else best * 2
+                scan[further] = run(kind, further, 1)
+            best_of[kind] = folder / f"{kind}-{best:g}-1"
+            curves[kind] = [scan[best], *(run(kind, best, seed) for seed in range(2, config.seeds + 1))]
+
+        list(pool.map(compare, ("adamw", "muon")))
+        draw_runs(list(best_of.values())).savefig(folder / "runs.png", dpi=110)
+        for kind, some in curves.items():
+            ends = [curve[-1, 1] for curve in some]
+            spread = statistics.stdev(ends) if len(ends) > 1 else 0.0
+            print(f"{kind}: validation loss {statistics.mean(ends):.4f} ± {spread:.4f} (standard deviation)")
+        shares = []
+        for adamw, muon in zip(curves["adamw"], curves["muon"], strict=True):
+            falling = np.minimum.accumulate(muon[:, 1])[::-1]  # np.interp wants rising x
+            if falling[0] <= adamw[-1, 1]:
+                shares.append(np.interp(adamw[-1, 1], falling, muon[::-1, 0]) / adamw[-1, 0])
+        print(f"Muon reaches AdamW's last loss in {len(shares)} of {len(curves['muon'])} seeds", end="")
+        each = ", ".join(f"{share:.0%}" for share in shares)
+        print(f", after {each} of its tokens" if shares else "")
+
+
 if __name__ == "__main__":
-    common.run(train, decode, world, bits, data, bpe, clean, dedup, plot, doc=__doc__)
+    common.run(train, decode, world, bits, data, bpe, clean, dedup, plot, optimizers, doc=__doc__)

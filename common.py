@@ -18,6 +18,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -494,8 +495,41 @@ def start_process(device: str = "auto", timeout: float = 1800) -> Process:
     if "WORLD_SIZE" in os.environ:
         # gloo on GPUs too: weights that are kept in main memory (--offload) travel by it
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+        limit = datetime.timedelta(seconds=timeout)
+        store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        store = _fresh(store, rank, world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     return Process(rank, world, device)
+
+
+def _fresh(store, rank: int, world: int, timeout: float):
+    """Give a part of torchrun's store into which no earlier attempt has written.
+
+    torchrun keeps one store when it starts the ranks anew (torch 2.13), and a rank would read addresses of
+    those that were killed. So rank 0 invents a name, and tells it to those alone who ask by a number that they
+    have just drawn.
+    """
+    import torch.distributed as dist
+
+    mine, end = os.urandom(16).hex(), time.monotonic() + timeout
+    if rank:
+        store.set(f"question/{rank}", mine)
+        name = store.get(f"answer/{mine}").decode()  # waits for it
+        store.set(f"heard/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    missing, answered = set(range(1, world)), set()
+    while missing:
+        for other in sorted(missing):
+            question = store.get(key).decode() if store.check([key := f"question/{other}"]) else None
+            if question not in answered and question:
+                store.set(f"answer/{question}", mine)
+                answered.add(question)
+            if store.check([f"heard/{mine}/{other}"]):
+                missing.remove(other)
+        if time.monotonic() > end:
+            raise ValueError(f"rank {', '.join(map(str, sorted(missing)))} did not start in {timeout:g} s")
+        time.sleep(0.01)
+    return dist.PrefixStore(mine, store)
 
 
 def missing_ranks(error: RuntimeError, wait: float = 3.0) -> list[int]:
@@ -625,6 +659,10 @@ def peak_memory(device: str) -> int:
         import torch
 
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    if found:  # on Linux; ru_maxrss there counts what the process was before exec, too: its parent
+        return int(found[1]) * 1024
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

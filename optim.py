@@ -93,13 +93,23 @@ def clip_and_scale(params: Iterable[nn.Parameter], count: float, clip: float) ->
     The norm is that of the mean gradient before clipping. If it is not finite, nothing has been changed: the
     caller decides. Gradients may be plain tensors and DTensors of several meshes, on a GPU or offloaded. All
     ranks call this and get the same number. clip 0: never clip.
+
+    Squares are summed by rows in fp32, which no rank cuts, and these in fp64: however rows are dealt out
+    over ranks, the factor has the same bits in fp32.
     """
     grads = [p.grad for p in params if p.grad is not None]
-    kinds: dict = {}
-    for grad in grads:  # get_total_norm takes tensors of one mesh, or plain ones
-        kinds.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(grad)
-    norms = [torch.nn.utils.get_total_norm(alike) for alike in kinds.values()]
-    norm = math.hypot(*(float(n.full_tensor() if isinstance(n, DTensor) else n) for n in norms)) / count
+    meshes: dict = {}
+    for grad in grads:
+        meshes.setdefault(grad.device_mesh if isinstance(grad, DTensor) else None, []).append(_local(grad))
+    squares = 0.0
+    for mesh, parts in meshes.items():
+        norms = (torch.linalg.vector_norm(x, dim=1) if x.dim() == 2 else x for x in parts)
+        found = torch.stack([n.double().square().sum() for n in norms]).sum()
+        if mesh is not None:  # a copy's rows are cut over the last dimension
+            found = found.to(mesh.device_type)
+            dist.all_reduce(found, group=mesh.get_group(mesh.ndim - 1))
+        squares += float(found)
+    norm = math.sqrt(squares) / count
     if grads and math.isfinite(norm):
         shrink = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
         torch._foreach_mul_([_local(grad) for grad in grads], shrink / count)

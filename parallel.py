@@ -97,13 +97,15 @@ def parallelize(
     materialize(model, process.device)
     if process.world == 1:
         return model
-    # find_unused_parameters: otherwise DDP sorts its buckets anew after the first step. Sums over four ranks
-    # and more depend on where in a bucket a number stands: a resumed run would differ in its last bits
-    warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
-    wrapped = DistributedDataParallel(
-        model, init_sync=False, gradient_as_bucket_view=True, find_unused_parameters=True
-    )
+    wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, _sum_gradients)
+    # DDP sorts its buckets anew after its first step, and a sum over three or more ranks depends on where in
+    # a bucket a number stands. A step on nothing settles them before any run begins or is resumed.
+    token = torch.zeros(1, 1, dtype=torch.long, device=process.device)
+    with torch.compiler.set_stance("force_eager"):
+        for _ in range(2):
+            wrapped(token).sum().backward()
+    wrapped.zero_grad()
     return wrapped
 
 
@@ -124,19 +126,23 @@ def _shard(model: Model, mesh: DeviceMesh, cfg: ParallelConfig, pin: bool) -> No
     # not at the top: it takes a second
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
-    common = {"mesh": mesh, "reshard_after_forward": cfg.shard == "zero3"}
+    common: dict = {"mesh": mesh}
     if cfg.offload:
         common["offload_policy"] = CPUOffloadPolicy(pin_memory=pin)
+    zero3 = cfg.shard == "zero3"
     # inputs are not cast: the positions' cos and sin, which a block is given, must stay fp32
     narrow = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mp_policy=narrow, **common)
+        fully_shard(layer, mp_policy=narrow, reshard_after_forward=zero3, **common)
     if not model.config.tie_word_embeddings or model.config.head != "lm":
-        fully_shard(model.embed_tokens, mp_policy=wide, **common)
+        fully_shard(model.embed_tokens, mp_policy=wide, reshard_after_forward=zero3, **common)
+        model.embed_tokens.set_unshard_in_backward(False)  # its gradient does not depend on the table
         head = [m for name, m in model.named_children() if name in ("lm_head", "score")]
-        fully_shard([model.norm, *head], mp_policy=wide, **common)
-    fully_shard(model, mp_policy=wide, **common)  # the rest; a tied table, which both ends of the model use
+        # its backward pass follows at once, so it stays
+        fully_shard([model.norm, *head], mp_policy=wide, reshard_after_forward=False, **common)
+    # the rest; a tied table, which both ends of the model use
+    fully_shard(model, mp_policy=wide, reshard_after_forward=False, **common)
     # FSDP2 warns of outputs that are views, which writing in place would break; nothing here does that
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in _groups(model):
@@ -163,12 +169,15 @@ def gradient_sync(model: nn.Module, cfg: ParallelConfig, last: bool):
     """Context for one micro-batch, `last` of its step or not.
 
     DDP sends gradients in the last one only. FSDP2 sends them in each: a rank has room for its part of them
-    only. zero2 keeps the weights gathered between micro-batches.
+    only; copies of the model sum these parts in the last. zero2 keeps the weights gathered between
+    micro-batches.
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
-    if cfg.shard == "zero2" and _groups(model):
-        model.set_reshard_after_backward(last)
+    if _groups(model):
+        model.set_requires_all_reduce(last)
+        if cfg.shard == "zero2":
+            model.set_reshard_after_backward(last)
     return contextlib.nullcontext()
 
 

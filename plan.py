@@ -235,9 +235,9 @@ def moments(job: Job) -> dict[str, Memory]:
 
     if p.shard == "zero3":  # a block at a time; the next one is gathered ahead
         root = 4 * head if tied else 0
-        ahead = max(a * block * (L > 1), 4 * embedding)
+        ahead = a * block * (L > 1)
         weights = [4 * head + a * block, 2 * a * block + root, a * block + ahead + root]
-        weights.append(4 * (embedding or head))
+        weights.append(root)
     elif p.shard == "zero2":  # all; after the last micro-batch a group goes when its gradients go
         weights = [everything, everything - (0 if tied else 4 * head)]
         weights += [a * block + 4 * (embedding or head), 4 * (embedding or head)]
@@ -249,6 +249,8 @@ def moments(job: Job) -> dict[str, Memory]:
     sent = 4 * block if p.shard != "none" else 0  # FSDP2 keeps a buffer until the next one is filled
     before = (0 if tied else 4 * head) if p.shard != "none" else 0 if full or tied else table
     whole = a * down + held + (4 * down if p.shard == "none" and a == 2 else 0)
+    # the embedding's gradient: beside the block's that was sent last, or copied to be sent, and summed
+    dense = sent + table * 3 if tied else max(sent + table, (2 * table + own["embedding"]) * (sent > 0))
     found = {  # name: kept gradients, weights, activations, loss, sending
         "the head's backward pass": (0, weights[0], forward, loss, 0),
         "the last block's backward pass": (own["head"] * (not tied), weights[1], last, 0, before + whole),
@@ -259,15 +261,13 @@ def moments(job: Job) -> dict[str, Memory]:
             0,
             sent * (L > 1) + whole,
         ),
-        "the embedding's backward pass": (done, weights[3], x, 0, sent + table * (3 if tied else 1)),
+        "the embedding's backward pass": (done, weights[3], x, 0, dense),
         "the optimizer's step": (base.gradients, 0, 0, 0, 10 * down if job.optimizer == "muon" else 0),
     }
     if p.shard == "none":  # gradients are whole, and kept as they are
         found["the last block's backward pass"] = (0, weights[1], last, 0, before + whole)
     out = {}
     for name, (kept, gathered, activations, loss_, sending) in found.items():
-        if again and p.replicas > 1:  # FSDP2 keeps what copies have summed until the backward pass ends
-            sending += kept * (name != "the optimizer's step")
         kept = max(kept, full)
         out[name] = Memory(base.parameters, base.optimizer, kept, gathered, activations, loss_, sending)
         if p.offload:  # into main memory
@@ -314,12 +314,13 @@ def estimate(job: Job) -> Estimate:
     muon = job.optimizer == "muon"
     gathered = scattered = reduced = 0.0
     if job.cut > 1:
-        gathered = (a * blocks + 4 * rest) * (2 * micros if p.shard == "zero3" else 1)
+        again = p.shard == "zero3"  # blocks are gathered for the backward pass, too
+        gathered = (a * blocks * (1 + again) + 4 * rest) * (micros if again else 1)
         scattered = 4 * (blocks + rest) * micros  # FSDP2 sends the gradients of every micro-batch
     if p.shard == "none":
         reduced = 4 * n if job.world > 1 else 0
     elif p.replicas > 1:
-        reduced = 4 * (blocks + rest) / job.cut * micros
+        reduced = 4 * (blocks + rest) / job.cut
     return Estimate(
         peak=found[worst].total,
         peak_at=worst,
@@ -702,10 +703,11 @@ class PlanConfig(ParallelConfig):
                 raise ValueError(f"--{name} {getattr(self, name)} must be positive")
 
 
-def main(cfg: PlanConfig) -> None:
-    """Print what a training run would take."""
-    known = cfg.preset in PRESETS
-    config = PRESETS[cfg.preset] if known else checkpoint.read_config(checkpoint.model_folder(cfg.preset))
+def main(cfg: PlanConfig, config: ModelConfig | None = None) -> None:
+    """Print what a training run would take. config: the shape, if it is not --preset's."""
+    if config is None and cfg.preset in PRESETS:
+        config = PRESETS[cfg.preset]
+    config = config or checkpoint.read_config(checkpoint.model_folder(cfg.preset))
     vocabulary = cfg.vocab_size or config.vocab_size
     if vocabulary == FROM_TOKENIZER:
         raise ValueError(f"--preset {cfg.preset} takes its tokenizer's vocabulary; set --vocab_size")
@@ -731,7 +733,7 @@ def main(cfg: PlanConfig) -> None:
 
 def _per_step(job: Job, short: Job) -> dict[str, float]:
     more = job.accumulation / short.accumulation
-    return {"gathered": more if job.parallel.shard == "zero3" else 1, "scattered": more, "reduced": more}
+    return {"gathered": more if job.parallel.shard == "zero3" else 1, "scattered": more}
 
 
 if __name__ == "__main__":

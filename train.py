@@ -30,6 +30,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import statistics
 import sys
 import time
@@ -44,6 +45,7 @@ import torch.nn as nn
 
 import checkpoint
 import common
+import plan as planning
 import state
 from data import (
     IGNORE,
@@ -128,6 +130,11 @@ class TrainConfig(FitConfig):
     steps: int = 0  # optimizer steps
     tokens: float = 0  # positions of rows to go through, for example 2e7; the log counts trained tokens
     sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
+    plan: bool = False  # only print what the run would take: memory, communication, disk, days
+    gpus: int = 0  # with --plan: on so many GPUs; 0: one for each process that was started
+    gpu: str = "H100"  # with --plan: A100, A800, H100, H800, H200, 4090, 3090 or L40S
+    mfu: float = 0.4  # with --plan: the model FLOPs utilisation to reckon with
+    simulate: bool = False  # with --plan: run the real step on tensors without memory, and count beside it
 
 
 # --- 2. the loop -------------------------------------------------------------------------------------------
@@ -178,9 +185,9 @@ def fit(
     step = tokens = skipped = 0  # skipped: steps in a row that changed nothing
     if cfg.resume and state.saved_steps(run):
         step, tokens, skipped = _resume(run, model, optimizer, batches, process, identity, cfg.force)
-    log = RunLog(run, step, steps, cfg.log_every, process)
     if process.first and settings:
         common.write_json(run / "run.json", settings)
+    log = RunLog(run, step, steps, cfg.log_every, process)
     stop = common.StopSignal(process)
     saved = step
     model.train()
@@ -234,8 +241,8 @@ def fit(
         if skipped >= cfg.max_skipped:
             where = f"step {saved} is saved" if saved else "no step was saved yet"
             raise ValueError(
-                f"{run}: in steps {step - skipped + 1} to {step} loss or gradient was not finite; nothing was "
-                f"updated in them, {where}. Lower --lr or look at the data"
+                f"{run}: in steps {step - skipped + 1} to {step} loss or gradient was not finite; nothing "
+                f"was updated in them, {where}. Lower --lr or look at the data"
             )
         if step == 1 and finite and first_loss and abs(row["loss"] / first_loss - 1) > 0.1:
             log.say(
@@ -338,18 +345,6 @@ def slowest(seconds: list[float]) -> dict[str, float]:
     }
 
 
-PEAK_TFLOPS = {
-    "A100": 312,
-    "A800": 312,
-    "H100": 989,
-    "H800": 989,
-    "H200": 989,
-    "4090": 165,
-    "3090": 71,
-    "L40S": 362,
-}
-
-
 class Peak:
     """The FLOP/s of all devices together that MFU is measured against, and where the figure comes from."""
 
@@ -358,7 +353,7 @@ class Peak:
         each = tflops * 1e12
         if not each and process.device.startswith("cuda"):
             name = device = torch.cuda.get_device_name()
-            each = 1e12 * next((t for key, t in PEAK_TFLOPS.items() if key in name), 0)
+            each = 1e12 * next((t for key, t in planning.PEAK_TFLOPS.items() if key in name), 0)
             self.source = f"{name}, the vendor's dense bf16"
         if not each:
             each, self.source = measured_flops(process.device, dtype), "a large matrix product, measured now"
@@ -667,15 +662,8 @@ class Plan:
 def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> Plan:
     """Derive rows, micro-batches and steps; ValueError where the settings cannot be met."""
     row = row_lengths(cfg, config)[-1]
-    rows = cfg.tokens_per_step // row
-    if rows < world or rows % world:
-        fit_ = max(1, round(rows / world)) * world * row
-        raise ValueError(
-            f"--tokens_per_step {cfg.tokens_per_step} is {rows} rows of {row} tokens, which {world} ranks "
-            f"cannot share evenly; take for example {fit_}"
-        )
-    mine = rows // world
-    micro = max(d for d in range(1, mine + 1) if mine % d == 0 and (d == 1 or d * row <= cfg.micro_tokens))
+    micro, micros = planning.cut_step(cfg.tokens_per_step, row, world, cfg.micro_tokens)
+    rows = micro * micros * world
     if cfg.steps and cfg.tokens:
         raise ValueError("--steps and --tokens exclude each other")
     if min(cfg.steps, cfg.tokens, cfg.epochs, cfg.row_tokens) < 0:
@@ -686,6 +674,7 @@ def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> P
 
 def describe(
     model: Model,
+    cfg: TrainConfig,
     p: Plan,
     lengths: list[int],
     shards: Shards,
@@ -693,9 +682,19 @@ def describe(
     weights: dict | None = None,
 ) -> None:
     """Print what is about to happen, before anything does."""
-    config = model.config
+    config, run = model.config, Path(cfg.out)
     n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
     trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    job = planning.Job(
+        config=config, parallel=cfg, world=process.world, micro_rows=p.micro_rows, row_tokens=p.row_tokens,
+        optimizer=cfg.optimizer,
+    )  # fmt: skip
+    shares = planning.shares(job)
+    share = trained / n
+    memory = (shares.parameters + share * (shares.gradients + shares.optimizer)) / 1e9
+    moments = shares.optimizer / max(1, shares.parameters) * 4  # bytes a parameter
+    dtype = getattr(torch, cfg.save_dtype)
+    disk = state.disk_need(config, trained, cfg.keep, dtype, moments, cfg.keep_best)
     flops = flops_per_token(config, p.row_tokens)
     accumulation = p.rows_per_step // (p.micro_rows * process.world)
     print(
@@ -711,8 +710,14 @@ def describe(
     if weights:
         passes = {name: w * tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
         print(f"mixture: {', '.join(f'{n} {w:.1%} ({passes[n]:.2f} epochs)' for n, w in weights.items())}")
-    memory = (4 * n + 12 * trained) / 1e9
-    print(f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations")
+    print(
+        f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations (see --plan)"
+    )
+    print(f"disk: {disk / 1e9:.2f} GB for the saved steps that are kept and the one being written", end="; ")
+    free = shutil.disk_usage(run).free
+    print(
+        f"{free / 1e9:.1f} GB are free" if free > disk else f"ONLY {free / 1e9:.1f} GB ARE FREE: lower --keep"
+    )
     if trained < n:
         print(f"only {trained:,} parameters are trained: fewer FLOPs than those stated")
     cuts = (f"{p.micro_rows * p.row_tokens // n} rows{f' x {n}' if lengths[1:] else ''}" for n in lengths)
@@ -729,17 +734,45 @@ def operations(config: ModelConfig, recompute: bool, batch: dict) -> tuple[float
     return flops_per_token(config, length), flops_per_token(config, length, recompute)
 
 
+def show_plan(cfg: TrainConfig) -> None:
+    """Print what the run would take; without --data by the preset's vocabulary and --tokens."""
+    names = {f.name for f in dataclasses.fields(planning.PlanConfig)} & {
+        f.name for f in dataclasses.fields(cfg)
+    }
+    wanted = {name: getattr(cfg, name) for name in names}
+    wanted["gpus"] = cfg.gpus or int(os.environ.get("WORLD_SIZE", 1))
+    wanted["tokens"] = cfg.tokens or cfg.steps * cfg.tokens_per_step
+    config = None
+    if cfg.data:
+        folders, _ = split_weights(cfg.data)
+        config = model_config(cfg, load_tokenizer(folders[0]))
+        wanted["row_tokens"] = row_lengths(cfg, config)[-1]
+        wanted["tokens"] = wanted["tokens"] or cfg.epochs * Shards(folders, "train").tokens
+    planning.main(planning.PlanConfig(**wanted), config)
+
+
+def started_again(run: Path) -> bool:
+    """Tell whether torchrun has lost a rank of this very run and started all of them anew.
+
+    Its count of restarts is that of one machine; the job's name (--rdzv-id, else drawn) is the same on all.
+    """
+    if not (run / "run.json").exists():
+        return False
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    same = job != "none" and common.read_json(run / "run.json").get("job") == job
+    return same or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def main(cfg: TrainConfig) -> None:
     """Pretrain a model on packed text."""
+    if cfg.plan:
+        show_plan(cfg)
+        return
     run = Path(cfg.out)
-    again = int(
-        os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-    )  # torchrun starts all ranks anew after a loss
-    if again and (run / "run.json").exists():
-        cfg.resume = True
+    cfg.resume = cfg.resume or started_again(run)
     if cfg.resume:
         cfg = saved_settings(cfg)
-    elif run.exists() and not again and any(p.name != "lock" for p in run.iterdir()):
+    elif run.exists() and any(p.name != "lock" for p in run.iterdir()):
         raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
     if not cfg.data:
         raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
@@ -756,14 +789,20 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
     config = model_config(cfg, tokenizer)
     shards = Shards(folders, "train")
     p, lengths = plan(cfg, config, shards, process.world), row_lengths(cfg, config)
-    state.lock(run, process)
     weights = starting_weights(cfg, shards, typed)
+    if weights:
+        stream = Mixture(shards, lengths, cfg.seed, weights)
+    else:
+        stream = RowStream(shards, lengths, cfg.seed)
+    evaluate = Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process)
     model = build(config, device="meta")
     freeze(model, cfg.train_only)
+    state.lock(run, process)  # from here on the settings are sound, and the folder is ours
     if process.first:
-        describe(model, p, lengths, shards, process, None if cfg.resume else weights)
+        describe(model, cfg, p, lengths, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
+    settings["job"] = os.environ.get("TORCHELASTIC_RUN_ID", "none")
 
     card = {"name": run.name, "stage": "pretraining", "init": cfg.init, "model": settings["model"]}
     card |= {"parameters": num_params(config), "data": {cfg.data: shards.fingerprint}}
@@ -777,10 +816,6 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
             checkpoint.load_into(model, cfg.init)
         else:
             init_weights(unwrap(model), cfg.seed)
-    if weights:
-        stream = Mixture(shards, lengths, cfg.seed, weights)
-    else:
-        stream = RowStream(shards, lengths, cfg.seed)
     refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
     if refresh and not state.saved_steps(run):
         refresh()  # every rank has read the file by itself; now all take what rank 0 read
@@ -790,7 +825,7 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
         batches,
         cfg,
         functools.partial(next_token_loss, z_loss=cfg.z_loss),
-        Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process),
+        evaluate,
         refresh=refresh,
         steps=p.steps,
         process=process,

@@ -67,6 +67,7 @@ BLOCK = 256  # queries of a long document that are worked at once: above their d
 KEEP = 512  # up to this length of a document its probabilities are kept for the backward pass
 
 
+@torch.compiler.disable  # it looks at values
 def _faster_by_document(q, k, v, lo) -> bool:
     if not (q.is_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
         return False

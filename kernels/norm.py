@@ -56,6 +56,8 @@ def layer_norm(
 # --- training on a CPU --------------------------------------------------------------------------------------
 # Forward these are the functions above, bit for bit. PyTorch takes 3x as long for the backward pass of
 # rms_norm (bf16, 2,048 x 512), and sums the gradients of layer_norm's bf16 weights in bf16: 5 % off there.
+# A weight's gradient is rounded once to the dtype of h, as FSDP2 does that gathers weights in that dtype:
+# so one process and many get the same bits.
 
 
 def _trains_eagerly(*tensors: torch.Tensor) -> bool:
@@ -78,10 +80,10 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx, g):
         h, weight, r = ctx.saved_tensors
         normed, g = (h * r).flatten(0, -2), g.to(r.dtype).flatten(0, -2)  # (N, C)
-        product = g * normed
-        mean = torch.mv(product, weight.to(r.dtype))[:, None] / h.shape[-1]
-        dh = (g * weight).addcmul_(normed, mean, value=-1).mul_(r.view(-1, 1))
-        return dh.to(h.dtype).view_as(h), product.sum(0).to(weight.dtype), None
+        product, w = g * normed, weight.to(h.dtype).to(r.dtype)
+        mean = torch.mv(product, w)[:, None] / h.shape[-1]
+        dh = (g * w).addcmul_(normed, mean, value=-1).mul_(r.view(-1, 1))
+        return dh.to(h.dtype).view_as(h), product.sum(0).to(h.dtype).to(weight.dtype), None
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -104,4 +106,4 @@ class _LayerNorm(torch.autograd.Function):
         dh = torch.ops.aten.native_layer_norm_backward(g, h, h.shape[-1:], mean, r, w, None, only_h)[0]
         g = g.to(r.dtype).flatten(0, -2)  # (N, C)
         dw = ((h - mean) * r).flatten(0, -2).mul_(g).sum(0)
-        return dh, dw.to(weight.dtype), g.sum(0).to(bias.dtype), None
+        return dh, dw.to(h.dtype).to(weight.dtype), g.sum(0).to(h.dtype).to(bias.dtype), None

@@ -832,7 +832,7 @@ def test_own_backward_passes_gradcheck(name):
 
 
 @pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
-def test_norm_sums_the_gradients_of_many_bf16_rows_in_fp32(norm):
+def test_norm_sums_the_gradients_of_many_bf16_rows_in_fp32_and_rounds_once(norm):
     """PyTorch's layer_norm sums them in bf16 if the weight is: 5 % off after 2,048 rows."""
     op, (_, *weights), formula = trained(C=64)[norm]
     x, g = randn(2048, 64, dtype=torch.bfloat16), randn(2048, 64, seed=3, dtype=torch.bfloat16)
@@ -841,7 +841,8 @@ def test_norm_sums_the_gradients_of_many_bf16_rows_in_fp32(norm):
     op(*mine).backward(g)
     formula(*truth).backward(g.double())
     for a, b in zip(mine[1:], truth[1:]):
-        assert a.grad.dtype == torch.float32 and rel(a.grad, b.grad) < 1e-5  # measured 6e-7
+        # one rounding to bf16 at the end, as FSDP2's gathered weights have it
+        assert a.grad.dtype == torch.float32 and rel(a.grad, b.grad) < 3e-3
     assert rel(mine[0].grad, truth[0].grad) < 4e-3
     low = x.clone().requires_grad_()
     bad = [t.bfloat16().requires_grad_() for t in (*weights, torch.zeros(64))][:2]

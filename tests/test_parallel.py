@@ -94,7 +94,8 @@ def backward(model, piece: dict) -> None:
 def reference(shape: str, what: str, dtype: str, world: int, micros: int, in_each: bool) -> dict:
     """The gradients of one process that goes through the parts in turn.
 
-    in_each: sums over the ranks within each micro-batch (FSDP sends them then), else over a rank's first (DDP).
+    in_each: sums over the ranks within each micro-batch (FSDP sends them then), else over a rank's first (DDP, and
+    the copies of HSDP).
     """
     model = make(shape, ONE, P.ParallelConfig(dtype=dtype), what)
     whole = batch(masked=slice(0, None, world) if what == "masked rank" else slice(0))
@@ -122,7 +123,9 @@ def gradient_error(shape: str, what: str, dtype: str, mode: str, process) -> flo
     for m in range(2):
         with P.gradient_sync(model, cfg, last=m == 1):
             backward(model, part(whole, process.rank, process.world, m, 2))
-    expected = reference(shape, what, dtype, process.world, 2, in_each=cfg.shard != "none")
+    expected = reference(
+        shape, what, dtype, process.world, 2, in_each=cfg.shard != "none" and cfg.replicas == 1
+    )
     worst = 0.0
     for name, p in P.unwrap(model).named_parameters():
         assert (p.grad is None) == (name not in expected), name
@@ -314,9 +317,14 @@ def test_twenty_steps_of_four_ranks_give_the_weights_of_one_process(four, mode):
     assert four["weights"][f"{mode}-adamw"] < 1e-5
 
 
-@pytest.mark.parametrize("ranks, mode", [(w, m) for w in (2, 4) for m in modes_of(w, "clipped")])
-def test_bf16_and_active_clipping_stay_within_the_measured_bound(two, four, ranks, mode):
-    assert {2: two, 4: four}[ranks]["weights"][f"{mode}-clipped"] < 2e-5
+@pytest.mark.parametrize("mode", modes_of(2, "clipped"))
+def test_two_ranks_have_the_bits_of_one_process_in_bf16_with_active_clipping(two, mode):
+    assert two["weights"][f"{mode}-clipped"] == 0
+
+
+@pytest.mark.parametrize("mode", modes_of(4, "clipped"))
+def test_four_ranks_in_bf16_with_active_clipping_stay_within_the_measured_bound(four, mode):
+    assert four["weights"][f"{mode}-clipped"] < 2e-5
 
 
 @pytest.mark.parametrize("ranks, mode", [(w, m) for w in (2, 4) for m in modes_of(w, "resumed")])
