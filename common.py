@@ -506,8 +506,8 @@ def _fresh(store, rank: int, world: int, timeout: float):
     """Give a part of torchrun's store into which no earlier attempt has written.
 
     torchrun keeps one store when it starts the ranks anew (torch 2.13), and a rank would read addresses of
-    those that were killed. So rank 0 invents a name, and tells it to those alone who ask by a number that they
-    have just drawn.
+    those that were killed. So rank 0 invents a name, and tells it to those alone who ask by a number that
+    they have just drawn.
     """
     import torch.distributed as dist
 

@@ -118,7 +118,7 @@ def test_workers_save_and_stop_when_the_launcher_is_killed_and_lock_the_run_unti
     shards, finished, tmp_path
 ):
     out = tmp_path / "run"
-    started = start(shards, out, "slow:0:1", start_new_session=True)
+    started = start(shards, out, "slow:0:3", start_new_session=True)
     wait_for_step(out, 2, started)
     started.kill()
     code, said = end(start(shards, out, "", "--resume"))
@@ -136,8 +136,8 @@ def test_workers_save_and_stop_when_the_launcher_is_killed_and_lock_the_run_unti
 
 
 @pytest.mark.faults
-def test_a_second_interrupt_and_twenty_ends_of_gloo_leave_the_exit_code_zero(tmp_path):
-    """Row 18: a plain exit under gloo aborts now and then after all work is done (pytorch#190489)."""
+def test_twenty_ends_under_gloo_leave_the_exit_code_zero(tmp_path):
+    """A plain exit under gloo aborts now and then after all work is done (pytorch#190489)."""
     script = tmp_path / "end.py"
     script.write_text(
         "import common, torch, torch.distributed as dist\n"
@@ -182,7 +182,7 @@ def make_fault(kind: str, rank: int, step: int) -> None:
         if kind == "raise":
             raise KeyError("a fault")
         if kind == "slow":
-            time.sleep(1.0)
+            time.sleep(25)
         else:
             os.kill(os.getpid(), signal.SIGSTOP if kind == "freeze" else signal.SIGKILL)
 
@@ -204,11 +204,7 @@ def make_fault(kind: str, rank: int, step: int) -> None:
         )
     else:
         count = iter(range(1, 10**9))  # 8 rows of a step, 4 of a rank: one micro-batch a step
-        before(
-            train,
-            "next_token_loss",
-            lambda *_: next(count) >= step if kind == "slow" else next(count) == step,
-        )
+        before(train, "next_token_loss", lambda *_: next(count) == step)
 
 
 if __name__ == "__main__":
