@@ -492,6 +492,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
             try:
                 # transformers asks for this word
                 save_file(mine, folder / files[start + rank], metadata={"format": "pt"})
+                common.sync(folder / files[start + rank])  # who publishes cannot, from another machine
                 written.append(files[start + rank])
             except (OSError, SafetensorError) as error:
                 problem = error

@@ -19,8 +19,10 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -493,6 +495,8 @@ def start_process(device: str = "auto", timeout: float = 1800) -> Process:
     if device != "cpu":
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # gloo: a socket to every other rank
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         # gloo on GPUs too: weights that are kept in main memory (--offload) travel by it
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         limit = datetime.timedelta(seconds=timeout)
@@ -530,6 +534,15 @@ def _fresh(store, rank: int, world: int, timeout: float):
             raise ValueError(f"rank {', '.join(map(str, sorted(missing)))} did not start in {timeout:g} s")
         time.sleep(0.01)
     return dist.PrefixStore(mine, store)
+
+
+def launcher() -> str:
+    """Name the torchrun that started this process, as no other ever was or will be; "" without one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    stat = Path(f"/proc/{os.getppid()}/stat")
+    began = stat.read_text().rpartition(")")[2].split()[19] if stat.exists() else ""  # ticks since the boot
+    return f"{socket.gethostname()} {os.getppid()} {began}"
 
 
 def missing_ranks(error: RuntimeError, wait: float = 3.0) -> list[int]:
@@ -615,7 +628,7 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Notices Ctrl-C, SIGTERM, and the death of the launcher, so that the loop can save and stop in order.
+    """Notices Ctrl-C, SIGTERM, SIGHUP, and the launcher's death, so that the loop can save and stop in order.
 
     A second Ctrl-C stops at once. `exit_code` is what the shell expects of a process ended so.
     """
@@ -625,7 +638,7 @@ class StopSignal:
         self.asked = False
         self.exit_code = 0
         self.launcher = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None  # torchrun
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # SIGHUP: a terminal that was closed
             signal.signal(number, self._handle)
 
     def _handle(self, number, frame):
@@ -663,6 +676,4 @@ def peak_memory(device: str) -> int:
     found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     if found:  # on Linux; ru_maxrss there counts what the process was before exec, too: its parent
         return int(found[1]) * 1024
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS

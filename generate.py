@@ -283,7 +283,10 @@ def decode(
         return
     if not all(prompts):
         raise ValueError("a prompt is empty, and this tokenizer has no beginning-of-text token to start from")
-    device = model.embed_tokens.weight.device
+    table = model.embed_tokens.weight
+    device = (
+        table.device_mesh.device_type if hasattr(table, "device_mesh") else table.device
+    )  # offloaded rows
     limit = model.config.max_position_embeddings if model.config.switches.rope else sys.maxsize
     longest = max(map(len, prompts))
     left = [min(s.max_new_tokens, limit - len(p)) for s, p in zip(samplings, prompts)]

@@ -35,6 +35,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,6 +127,7 @@ def save_step(
         if process.device.startswith("cuda"):
             mine["rng/cuda"] = torch.cuda.get_rng_state()
         save_file(mine, tmp / rank_file(process.rank))
+        common.sync(tmp / rank_file(process.rank))  # the first rank cannot, from another machine
         return {rank_file(process.rank): digest(tmp / rank_file(process.rank))}
 
     def write_folder():
@@ -200,6 +202,11 @@ def disk_need(
 
 
 # --- 3. finding a whole step --------------------------------------------------------------------------------
+
+
+def begun(run: Path) -> bool:
+    """Tell whether the run has a saved step; every rank calls this, and all hear what the first one sees."""
+    return gather(bool(saved_steps(run)))[0]
 
 
 def saved_steps(run: Path) -> list[Path]:
@@ -320,8 +327,8 @@ def prune(run: Path, keep: int, keep_best: bool = False) -> None:
     if steps:
         _note_best(run, stay)
     for folder in steps:
-        if folder not in stay:
-            shutil.rmtree(folder)
+        if folder not in stay:  # renamed first: half of a deleted step would look like a damaged one
+            folder.rename(folder.with_name(folder.name + ".old"))
     for rubbish in (*run.glob("step_*.tmp"), *run.glob("step_*.old")):
         shutil.rmtree(rubbish, ignore_errors=True)
 
@@ -364,6 +371,8 @@ def _load(folder: Path, manifest: dict, model, optimizer, process) -> None:
     wrong += [f"{kind}/{n}" for kind, n in states if shapes[f"{kind}/{n}"] not in ([], here.get(n))]
     if wrong:
         raise ValueError(f"{folder}: the saved state is of another model: {', '.join(wrong[:20])}")
+    if unknown := sorted(name for _, name in states if name not in here):
+        raise ValueError(f"{folder}: optimizer state of a parameter that there is not: {unknown[0]}")
     frozen = sorted({name for _, name in states if target[name] not in settings})
     if frozen:
         raise ValueError(f"{folder}: trained when it was saved, but not now: {', '.join(frozen[:20])}")
@@ -429,7 +438,8 @@ class _Reader:
         """Set this rank's random number generators as they were."""
         try:
             torch.set_rng_state(self.open(process.rank).get_tensor("rng/cpu"))
-            if process.device.startswith("cuda"):
+            on_gpu = "rng/cuda" in self.open(process.rank).keys()  # noqa: SIM118  # no dict
+            if on_gpu and process.device.startswith("cuda"):
                 torch.cuda.set_rng_state(self.open(process.rank).get_tensor("rng/cuda"))
         except (SafetensorError, RuntimeError, TypeError) as error:
             path = self.folder / rank_file(process.rank)
@@ -449,10 +459,21 @@ def lock(run: Path, process) -> None:
     Every rank calls this. The kernel frees the lock when rank 0 dies, however it does: no stale file can be
     in the way. ValueError on all ranks: somebody trains here; the folder cannot be made or written.
     """
-    together(lambda: _lock(run) if process.first else None)
+    text = together(lambda: _lock(run) if process.first else None)[0]
+
+    def seen():
+        end = time.monotonic() + 20  # a network file system may take its time
+        while not (run / "lock").exists() or (run / "lock").read_text() != text:
+            if time.monotonic() > end:
+                raise ValueError(
+                    f"{run}: not the same folder on all machines; --out must lie on shared storage"
+                )
+            time.sleep(0.1)
+
+    together(seen)
 
 
-def _lock(run: Path) -> None:
+def _lock(run: Path) -> str:
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = open(run / "lock", "a+")  # noqa: SIM115  # not emptied: it may name the holder
@@ -460,21 +481,23 @@ def _lock(run: Path) -> None:
         raise ValueError(f"{run}: no folder that can be written to ({error}); choose another --out") from None
     stat = os.fstat(file.fileno())
     if (stat.st_dev, stat.st_ino) in _held:
-        return  # by this process
+        return (run / "lock").read_text()  # by this process
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        holder = " ".join(file.read(200).split()) or "another process"
+        holder = file.readline(200).strip() or "another process"
         raise ValueError(
             f"{run}: {holder} trains here; wait until it has ended, or choose another --out"
         ) from None
     except OSError as error:
         print(f"warning: {run} cannot be locked ({error}); see that nobody else trains here", file=sys.stderr)
+    text = f"process {os.getpid()} on {socket.gethostname()}\n{time.time()}\n"
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(text)
     file.flush()
     _held[stat.st_dev, stat.st_ino] = file
+    return text
 
 
 # --- 6. where a model comes from ----------------------------------------------------------------------------

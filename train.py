@@ -16,8 +16,9 @@ trained tokens, so 1 process x 8 rows, 4 micro-batches x 2 and 2 ranks x 4 agree
 
 A run is a folder: run.json (resolved settings), metrics.jsonl (one line a step), loss.png, step_N folders
 (a model folder and the training state), latest. A step is saved whole or not at all; after kill -9,
---resume gives bit for bit what an uninterrupted run gives. Ctrl-C and SIGTERM save before they stop (torchrun
-kills its processes 30 s after a SIGTERM; its --shutdown-timeout gives a large model more time).
+--resume gives bit for bit what an uninterrupted run gives (on CPUs; kernels of a GPU may sum in changing
+order). Ctrl-C and SIGTERM save before they stop (torchrun kills its processes 30 s after a SIGTERM; its
+--shutdown-timeout gives a large model more time). torchrun --max-restarts goes on after the loss of a rank.
 
 Loshchilov & Hutter 2019 (AdamW); Hu et al. 2024, MiniCPM (warmup-stable-decay); XuanYuan 2023 (a data mix
 that follows the evaluations).
@@ -183,13 +184,39 @@ def fit(
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(cfg.seed * 1000 + process.rank)  # for dropout: every rank draws its own
     step = tokens = skipped = 0  # skipped: steps in a row that changed nothing
-    if cfg.resume and state.saved_steps(run):
-        step, tokens, skipped = _resume(run, model, optimizer, batches, process, identity, cfg.force)
+    evaluated = True
+    if cfg.resume and state.begun(run):
+        step, tokens, skipped, evaluated = _resume(
+            run, model, optimizer, batches, process, identity, cfg.force
+        )
     if process.first and settings:
         common.write_json(run / "run.json", settings)
+    evaluated = evaluated or step < steps  # a finished run may have been stopped in its last evaluation
     log = RunLog(run, step, steps, cfg.log_every, process)
     stop = common.StopSignal(process)
     saved = step
+
+    def look() -> dict | None:
+        """Evaluate and log; None if the run was asked to stop meanwhile."""
+        try:
+            values = evaluate(model.eval(), stop.poll)
+            log.evaluation(step, values)
+        except common.Stopped:
+            values = None
+        model.train()
+        reshard(model)
+        return values
+
+    def save(evaluation: dict | None, row: dict) -> None:
+        extra = {"step": step, "tokens": tokens, "skipped": skipped, "evaluation": evaluation}
+        extra |= {"batches": batches.state(), "identity": identity}
+        told = {**card, "steps": step, "tokens": tokens, **peak.card(row)} if card else None
+        told = {**told, "evaluation": evaluation} if told and evaluation else told
+        dtype = getattr(torch, cfg.save_dtype)
+        state.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype, told)
+        if process.first and not skipped:
+            state.prune(run, cfg.keep, cfg.keep_best)
+
     model.train()
     while step < steps:
         clock = time.perf_counter()
@@ -218,7 +245,7 @@ def fit(
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             optimizer.step()
-            tokens += int(count)
+            tokens += int(sums["loss"][1])
         skipped = 0 if finite else skipped + 1
         optimizer.zero_grad()
         step += 1
@@ -255,27 +282,21 @@ def fit(
             log.evaluation(step, news)
         evaluation = None
         if evaluate and not stopping and (step == steps or due):
-            try:
-                evaluation = evaluate(model.eval(), stop.poll)
-                log.evaluation(step, evaluation)
-            except common.Stopped:
-                stopping = True
-            model.train()
-            reshard(model)
-        if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0):
-            extra = {"step": step, "tokens": tokens, "skipped": skipped, "evaluation": evaluation}
-            extra |= {"batches": batches.state(), "identity": identity}
-            told = {**card, "steps": step, "tokens": tokens, **peak.card(row)} if card else None
-            told = {**told, "evaluation": evaluation} if told and evaluation else told
-            dtype = getattr(torch, cfg.save_dtype)
-            state.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype, told)
+            evaluation = look()
+            stopping = evaluation is None
+        # what comes after a step that was not finite may be as bad: a good step is not replaced by it
+        if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0 and not skipped):
+            save(evaluation, row)
             saved = step
-            if process.first:
-                state.prune(run, cfg.keep, cfg.keep_best)
             stopping = stopping or (step < steps and stop.agreed())  # asked while it was saved
         if stopping:
             log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
             return stop.exit_code or 143  # no signal: another rank got it, or the launcher died
+    if evaluate and not evaluated:
+        evaluation = look()
+        if evaluation is None:
+            return stop.exit_code or 143
+        save(evaluation, {})
     log.say(f"finished: {step} steps, {common.human(tokens)} tokens in {run}")
     return 0
 
@@ -302,7 +323,7 @@ def _resume(run: Path, model, optimizer, batches, process, identity: dict, force
         batches.load_state(extra["batches"])
     elif process.first:
         print("forced: the data begin anew")
-    return extra["step"], extra["tokens"], extra["skipped"]
+    return extra["step"], extra["tokens"], extra["skipped"], extra["evaluation"] is not None
 
 
 class Sums:
@@ -754,13 +775,11 @@ def show_plan(cfg: TrainConfig) -> None:
 def started_again(run: Path) -> bool:
     """Tell whether torchrun has lost a rank of this very run and started all of them anew.
 
-    Its count of restarts is that of one machine; the job's name (--rdzv-id, else drawn) is the same on all.
+    Then run.json names a launcher that is the parent of some rank; all ranks agree on the answer.
     """
-    if not (run / "run.json").exists():
-        return False
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    same = job != "none" and common.read_json(run / "run.json").get("job") == job
-    return same or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    path = run / "run.json"
+    ours = common.launcher() and path.exists() and common.read_json(path).get("launcher") == common.launcher()
+    return any(checkpoint.gather(bool(ours)))
 
 
 def main(cfg: TrainConfig) -> None:
@@ -769,14 +788,16 @@ def main(cfg: TrainConfig) -> None:
         show_plan(cfg)
         return
     run = Path(cfg.out)
-    cfg.resume = cfg.resume or started_again(run)
     if cfg.resume:
         cfg = saved_settings(cfg)
-    elif run.exists() and any(p.name != "lock" for p in run.iterdir()):
-        raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
     if not cfg.data:
         raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
     process = common.start_process(cfg.device, cfg.timeout)
+    if not cfg.resume and started_again(run):
+        cfg = saved_settings(cfg)
+    elif not cfg.resume and run.exists() and any(p.name != "lock" for p in run.iterdir()):
+        raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
+    process.barrier()  # all have looked at the folder before one writes into it
     code = pretrain(cfg, process)
     common.finish_process(code)
 
@@ -795,6 +816,10 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
     else:
         stream = RowStream(shards, lengths, cfg.seed)
     evaluate = Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process)
+    if cfg.resume and process.first:
+        before = common.read_json(run / "run.json")["plan"]["steps"]
+        if before != p.steps:
+            print(f"{p.steps} steps instead of {before}: the learning rate follows the new end")
     model = build(config, device="meta")
     freeze(model, cfg.train_only)
     state.lock(run, process)  # from here on the settings are sound, and the folder is ours
@@ -802,22 +827,24 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
         describe(model, cfg, p, lengths, shards, process, None if cfg.resume else weights)
     settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
     settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
-    settings["job"] = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    settings["launcher"] = common.launcher()
 
     card = {"name": run.name, "stage": "pretraining", "init": cfg.init, "model": settings["model"]}
     card |= {"parameters": num_params(config), "data": {cfg.data: shards.fingerprint}}
-    card |= {"tokenizer": tokenizer.digest, "code": state.code_version(), "optimizer": cfg.optimizer}
+    card |= {"tokenizer": tokenizer.digest, "optimizer": cfg.optimizer}
+    card["code"] = state.code_version() if process.first else ""
     card["schedule"] = {name: getattr(cfg, name) for name in ("schedule", "lr", "final_lr", "warmup")}
 
     model = parallelize(model, process, cfg)
     unwrap(model).known_vocab = tokenizer.vocab_size
-    if not state.saved_steps(run):  # else `fit` restores them
+    begun = state.begun(run)
+    if not begun:  # else `fit` restores them
         if cfg.init:
             checkpoint.load_into(model, cfg.init)
         else:
             init_weights(unwrap(model), cfg.seed)
     refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
-    if refresh and not state.saved_steps(run):
+    if refresh and not begun:
         refresh()  # every rank has read the file by itself; now all take what rank 0 read
     batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
     code = fit(
@@ -857,13 +884,16 @@ def saved_settings(cfg: TrainConfig) -> TrainConfig:
     path = Path(cfg.out) / "run.json"
     if not path.exists():
         raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
-    saved = common.read_json(path)["config"]
+    known = {f.name for f in dataclasses.fields(cfg)}
+    saved = {k: v for k, v in common.read_json(path)["config"].items() if k in known}  # of another version
     flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
     words = {flag.lstrip("-").replace("-", "_").removeprefix("no_") for flag in flags}
-    typed = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
-    for either in ({"steps": 0, "tokens": 0}, {"row_tokens": 0, "buckets": ""}):
-        if typed.keys() & either.keys():  # one replaces the other
+    typed = {name: getattr(cfg, name) for name in known & words}
+    length = {"steps": 0, "tokens": 0, "epochs": TrainConfig.epochs}
+    for either in (length, {"row_tokens": 0, "buckets": ""}):
+        if typed.keys() & either.keys():  # one replaces the others
             saved |= either
+    saved["force"] = False  # for one time only
     return TrainConfig(**{**saved, **typed, "out": cfg.out, "resume": True})
 
 

@@ -33,7 +33,8 @@ def attention(
     """
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
-    if start is None and slopes is None and T == S and _faster_by_document(q, k, v, lo):
+    trains = q.is_cpu and torch.is_grad_enabled() and start is None and slopes is None and T == S
+    if trains and _faster_by_document(q, k, v, lo):
         tokens = (t.transpose(1, 2).reshape(B * T, -1, D) for t in (q, k, v))  # (B·T, H or K, D)
         return _by_document(*tokens, _first_keys(lo, B, T)).view(B, T, H, D).transpose(1, 2)
     if lo is None and start is None and slopes is None and T in (1, S):
@@ -69,7 +70,7 @@ KEEP = 512  # up to this length of a document its probabilities are kept for the
 
 @torch.compiler.disable  # it looks at values
 def _faster_by_document(q, k, v, lo) -> bool:
-    if not (q.is_cpu and torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))):
+    if not any(t.requires_grad for t in (q, k, v)):
         return False
     if lo is None:
         return q.dtype == torch.bfloat16 and q.shape[2] <= KEEP

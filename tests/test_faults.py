@@ -70,12 +70,18 @@ def digests(run: Path, step: int = 10) -> dict:
 
 
 @pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    """The digests of an uninterrupted run of two ranks."""
+def finished_run(shards, tmp_path_factory):
+    """An uninterrupted run of two ranks."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     code, said = end(start(shards, out))
     assert code == 0, said
-    return digests(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def finished(finished_run):
+    """The digests of its rank files."""
+    return digests(finished_run)
 
 
 @pytest.mark.faults
@@ -94,6 +100,18 @@ def test_a_run_killed_before_its_first_step_was_saved_starts_anew(shards, finish
     code, said = end(start(shards, tmp_path / "run", "kill:1:2", launcher=("--max-restarts", "1")))
     assert code == 0, said
     assert digests(tmp_path / "run") == finished
+
+
+@pytest.mark.faults
+def test_a_restart_does_not_go_on_with_a_run_of_another_launch(shards, finished_run):
+    """It was refused in the first attempt, and must be in the second."""
+    before = digests(finished_run)
+    code, said = end(start(shards, finished_run, "", "--steps", "20", launcher=("--max-restarts", "1")))
+    assert code == 1 and said.count("exists and is not empty") >= 2
+    assert (
+        digests(finished_run) == before
+        and [p.name for p in state.saved_steps(finished_run)][-1] == "step_0000010"
+    )
 
 
 @pytest.mark.faults

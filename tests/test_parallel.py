@@ -338,7 +338,7 @@ def test_resuming_is_exact_in_every_mode_with_dropout(two, four, ranks, mode):
 def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(two, four, ranks, mode):
     found = {2: two, 4: four}[ranks]["not finite"][mode]
     assert found["unchanged"] and found["moments unchanged"] and found["later steps change it"]
-    assert [row.get("skipped") for row in found["log"]] == [None, 1, None]
+    assert [row.get("skipped") for row in found["log"]] == [None, 1, None, None]
     assert "grad_norm" not in found["log"][1]  # what is not finite is no JSON
     assert found["three in a row"] == "steps 2 to 4"
 
@@ -348,11 +348,12 @@ def test_sigterm_to_one_worker_saves_on_all_and_the_run_goes_on_exactly(two, whe
     found = two["stopped"][where]
     assert found["code"] == 143 and found["saved"] == f"step_{step:07d}"
     assert found["again"] == 0 and found["digest"] == two["whole"]
+    assert found["evaluation"]["val_loss"] > 0  # also if it was the last one that was interrupted
 
 
 def test_the_slow_rank_is_named(two):
     assert two["slow"]["slowest_rank"] == 1
-    assert two["slow"]["rank_seconds_max"] > 0.2 > two["slow"]["rank_seconds_min"]
+    assert two["slow"]["rank_seconds_max"] >= 0.25
     assert "rank 1 is slow" in two["slow"]["printed"]
 
 
@@ -421,9 +422,9 @@ def not_finite(folder: Path, process, mode: str) -> dict:
         return value * (float("nan") if bad else 1.0), count, logs
 
     found = {}
-    after = fitted(folder / f"nan-{mode}", process, steps=3, loss=poisoned, **MODES[mode])
+    fitted(folder / f"nan-{mode}", process, steps=4, loss=poisoned, **MODES[mode])
     same = lambda a, b: all(torch.equal(a[n], b[n]) for n in a)
-    found["later steps change it"] = bool(after) and not same(seen[1], seen[2])
+    found["later steps change it"] = not same(seen[3], seen[4])
     found["unchanged"] = same(seen[2], seen[3])
     found["log"] = common.read_metrics(folder / f"nan-{mode}" / "metrics.jsonl") if process.first else []
     # the moments: one more step after a skipped one is that of a run in which it never was
@@ -472,7 +473,8 @@ def stopped(shards: Path, out: Path, process, module, name: str, at: int) -> dic
     process.barrier()
     again = train.pretrain(train.saved_settings(train.TrainConfig(str(out), resume=True)), process)
     process.barrier()
-    return {"code": code, "saved": saved, "again": again, "digest": digest(out)}
+    evaluation = state.read_manifest(out / "step_0000006")["extra"]["evaluation"]
+    return {"code": code, "saved": saved, "again": again, "digest": digest(out), "evaluation": evaluation}
 
 
 def slow(folder: Path, process) -> dict:

@@ -436,6 +436,26 @@ def test_a_non_finite_loss_stops_with_the_last_good_step_intact(shards, tmp_path
     assert f"step {int(step.name[5:])} is saved" in done.stderr
 
 
+def test_force_goes_on_with_another_batch_once_and_is_not_remembered(shards, tmp_path):
+    out = tmp_path / "run"
+    run(shards, out, "--steps", "6")
+    done = run(shards, out, "--resume", "--force", "--steps", "9", "--tokens_per_step", "1024")
+    assert "forced:  rows_per_step: 8 when saved, 16 now" in done.stdout
+    assert "9 steps instead of 6" in done.stdout
+    saved = json.loads((out / "run.json").read_text())["config"]
+    assert saved["tokens_per_step"] == 1024
+    done = run(shards, out, "--resume", "--steps", "12", "--tokens_per_step", "512", expect=2)
+    assert "--force goes on all the same" in done.stderr
+
+
+def test_a_run_of_another_optimizer_is_not_resumed_even_by_force(finished, shards):
+    done = run(shards, finished[0], "--resume", "--force", "--optimizer", "muon", expect=2)
+    assert (
+        "optimizer: 'adamw' when saved, 'muon' now" in done.stderr
+        and "--init takes its weights" in done.stderr
+    )
+
+
 def test_an_existing_run_is_not_overwritten(finished, shards):
     out, _ = finished
     before = state_digest(out)
