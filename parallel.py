@@ -4,16 +4,17 @@
 
 Every rank (process) works on its own rows of the batch; gradients are summed over ranks, not averaged: `fit`
 divides once by the number of trained tokens of all ranks, so 1 process x 8 rows, 4 micro-batches x 2 and
-2 ranks x 4 give one result. What a rank of W keeps of N parameters (fp32 weight, gradient, two moments):
+2 ranks x 4 give one result. What a rank keeps of N parameters (fp32 weight, gradient, two moments) that are
+cut over W ranks, in bytes:
 
-    --shard none     16·N bytes: everything            DDP: gradients are all-reduced
-    --shard zero2    16·N/W, and all weights in bf16 from the forward to the end of the backward pass (2·N)
-    --shard zero3    16·N/W, and the weights of one block at a time, gathered twice a micro-batch
+    --shard none     16·N: everything (DDP); gradients are all-reduced
+    --shard zero2    16·N/W, and all weights from forward to backward: blocks in bf16, the rest in fp32
+    --shard zero3    16·N/W, and the head and two blocks at a time; blocks are gathered twice a micro-batch
     --shard zero3 --replicas 128    on 1,024 GPUs: HSDP, 128 copies of a model cut over 8 neighbours each
 
     torchrun --nproc_per_node 8 train.py --preset xverse-13b --shard zero3 --activation_checkpointing …
 
-The order matters: activation checkpointing wraps a block's forward, the compiler sees what it wrapped, and
+The order matters: activation checkpointing wraps a block's forward, the wrapped forward is compiled, and
 DDP or FSDP2 hook the module around it. Nothing is allocated before it is cut, so that no rank ever holds a
 large model. Precision is the same in every mode: blocks are gathered in the dtype that they compute in, while
 embedding and head travel in fp32, because their gradients add up many tokens.
@@ -47,7 +48,7 @@ class ParallelConfig:
 
     shard: Literal["none", "zero2", "zero3"] = "none"  # cut weights, gradients, moments over ranks (FSDP2)
     replicas: int = 1  # HSDP: copies of the sharded model; each is cut over ranks / replicas neighbours
-    offload: bool = False  # keep the cut weights and moments in main memory; steps become slow
+    offload: bool = False  # keep cut weights, gradients, moments in main memory; the CPU updates: slow
     activation_checkpointing: bool = False  # keep a block's input only, compute the rest of it again
     compile: bool = False  # let Inductor fuse each block (on a CPU it needs a C++ compiler)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"  # to compute in; auto: bf16 where it is fast
@@ -100,7 +101,7 @@ def parallelize(
     wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, _sum_gradients)
     # DDP sorts its buckets anew after its first step, and a sum over three or more ranks depends on where in
-    # a bucket a number stands. A step on nothing settles them before any run begins or is resumed.
+    # a bucket a number stands. Two backward passes over one token settle them before a run begins or goes on.
     token = torch.zeros(1, 1, dtype=torch.long, device=process.device)
     with torch.compiler.set_stance("force_eager"):
         for _ in range(2):
@@ -146,7 +147,7 @@ def _shard(model: Model, mesh: DeviceMesh, cfg: ParallelConfig, pin: bool) -> No
     # FSDP2 warns of outputs that are views, which writing in place would break; nothing here does that
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     for module in _groups(model):
-        module.set_gradient_divide_factor(1.0)  # sums; by itself this asks gloo for what it does not have
+        module.set_gradient_divide_factor(1.0)  # sums; this alone asks for PREMUL_SUM, not in gloo
         module.set_force_sum_reduction_for_comms(True)
 
 

@@ -2,15 +2,15 @@
 
 Three questions: does it fit, how long will it take, and how many tokens does a model of this size want?
 
-    weights, gradients, moments    16·N bytes (Muon: 12·N), cut over the ranks of a copy
+    weights, gradients, moments    16·N bytes (12 for matrices that Muon trains), cut over the ranks of a copy
     activations                    what autograd keeps for the backward pass, term by term in `block_bytes`
     the head and its loss          chunks of logits, never all; the head's gradient is whole for a moment
     peak                           the worst of a few named moments of a step (`moments`)
     FLOPs                          6 a token and parameter, plus attention; time = FLOPs / (MFU · peak)
 
-`--simulate` runs two steps of the real model, loss, optimizer and FSDP2 with tensors that have shapes but no
-memory, as rank 0 of any number of ranks, and prints what it counted beside the formulas: 13B on 1,024 GPUs
-in a minute on one core. Formulas and simulation count tensors. What a GPU needs besides, for CUDA's context,
+`--simulate` runs two steps of the real model, loss, FSDP2 and optimizer (not the clipping) with tensors that
+have shapes but no memory, as rank 0 of any number of ranks, and prints what it counted beside the formulas:
+13B on 1,024 GPUs in a minute on one core. Formulas and simulation count tensors. What a GPU needs besides, for CUDA's context,
 NCCL and fragmentation, is the tenth of its memory that is kept free here. Attention is counted as a fused
 kernel that knows documents keeps it; plain PyTorch keeps a mask, T x T, or ALiBi's scores besides. Times are
 calculations from a stated MFU, not measurements.
@@ -686,7 +686,7 @@ class PlanConfig(ParallelConfig):
     network: float = 50  # GB/s a GPU and direction between nodes of 8; 50: 400 Gbit/s
     row_tokens: int = 0  # tokens of a training row; 0: the model's context
     tokens_per_step: int = 4_194_304  # tokens of one optimizer step, over all micro-batches and ranks
-    micro_tokens: int = 8192  # at most so many tokens of one rank in one forward pass
+    micro_tokens: int = 8192  # tokens of one rank in one forward pass: at most so many, at least a row
     tokens: float = 0  # of the whole run, for the days: 3.2e12
     optimizer: Kind = "adamw"  # muon: for the matrices of the blocks, AdamW for the rest
     mfu: float = 0.4  # model FLOPs utilisation to reckon with: 0.3 to 0.5 is usual

@@ -87,7 +87,7 @@ class FitConfig(OptimConfig, ParallelConfig):
     dropout: float = 0.0  # after the embedding and on the residual branches
     seed: int = 1  # of weights, data order, dropout
     tokens_per_step: int = 16384  # tokens of one optimizer step, over all micro-batches and ranks
-    micro_tokens: int = 8192  # at most so many tokens of one rank in one forward pass
+    micro_tokens: int = 8192  # tokens of one rank in one forward pass: at most so many, at least a row
     max_skipped: int = 10  # stop after so many steps in a row whose gradient was not finite
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     save_every: int = 250  # steps between saved steps; the last one is always saved
@@ -356,7 +356,7 @@ def slowest(seconds: list[float]) -> dict[str, float]:
     """Say how long the ranks worked before they had to wait for others, and which one worked longest.
 
     Under DDP that is up to the last backward pass. Under FSDP ranks wait for one another in every block, and
-    it tells of reading data most.
+    it shows slow reading of data, and little else.
     """
     return {
         "rank_seconds_min": min(seconds),
@@ -764,6 +764,10 @@ def show_plan(cfg: TrainConfig) -> None:
     wanted["gpus"] = cfg.gpus or int(os.environ.get("WORLD_SIZE", 1))
     wanted["tokens"] = cfg.tokens or cfg.steps * cfg.tokens_per_step
     config = None
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if not cfg.data and (cfg.init or cfg.hidden_size or cfg.num_hidden_layers or cfg.buckets):
+        raise ValueError("--plan without --data takes a --preset as it is; give --data for the other flags")
     if cfg.data:
         folders, _ = split_weights(cfg.data)
         config = model_config(cfg, load_tokenizer(folders[0]))
