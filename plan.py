@@ -10,10 +10,10 @@ Three questions: does it fit, how long will it take, and how many tokens does a 
 
 `--simulate` runs two steps of the real model, loss, FSDP2 and optimizer (not the clipping) with tensors that
 have shapes but no memory, as rank 0 of any number of ranks, and prints what it counted beside the formulas:
-13B on 1,024 GPUs in a minute on one core. Formulas and simulation count tensors. What a GPU needs besides, for CUDA's context,
-NCCL and fragmentation, is the tenth of its memory that is kept free here. Attention is counted as a fused
-kernel that knows documents keeps it; plain PyTorch keeps a mask, T x T, or ALiBi's scores besides. Times are
-calculations from a stated MFU, not measurements.
+13B on 1,024 GPUs in a minute on one core. Formulas and simulation count tensors. What a GPU needs besides,
+for CUDA's context, NCCL and fragmentation, is the tenth of its memory that is kept free here. Attention is
+counted as a fused kernel that knows documents keeps it; plain PyTorch keeps a mask, T x T, or ALiBi's scores
+besides. Times are calculations from a stated MFU, not measurements.
 
     python plan.py --preset xverse-13b --gpus 8 --gpu H100 --shard zero3 --activation_checkpointing
     python plan.py --preset xverse-13b --gpus 1024 --shard zero3 --replicas 128 --tokens 3.2e12 --mfu 0.4

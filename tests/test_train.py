@@ -379,6 +379,31 @@ def test_resume_after_kill_9_is_bit_exact(shards, tmp_path, finished, finished_b
         assert not list(out.glob("step_*.tmp"))
 
 
+def test_three_kills_never_lose_a_run_nor_change_its_end(shards, tmp_path, finished):
+    out = tmp_path / "run"
+    for step in (2, 5, 9):
+        stop_after(shards, out, step, signal.SIGKILL, 1, more=("--resume",) if out.exists() else ())
+    run(shards, out, "--resume")
+    assert state_digest(out) == state_digest(finished[0]) and losses(out) == losses(finished[0])
+
+
+def test_resuming_at_the_end_of_an_epoch_skips_and_repeats_nothing(shards, tmp_path):
+    whole = tmp_path / "whole"
+    flags = ("--steps", "66", "--eval_every", "0", "--save_every", "1", "--keep", "99", "--dropout", "0")
+    run(shards, whole, *flags)
+    epochs = [state.read_manifest(step)["extra"]["batches"]["epoch"] for step in state.saved_steps(whole)]
+    end = epochs.index(1)  # the first step after which the packer reads its second epoch
+    assert 0 < end < 66 and epochs == [0] * end + [1] * (66 - end)
+    for last in (end - 1, end):  # of the steps that are left: just before, and just after
+        out = tmp_path / f"to{last}"
+        out.mkdir()
+        for name in ("run.json", "metrics.jsonl"):
+            shutil.copy(whole / name, out)
+        shutil.copytree(state.saved_steps(whole)[last], out / state.saved_steps(whole)[last].name)
+        run(shards, out, *flags, "--resume")
+        assert state_digest(out, 66) == state_digest(whole, 66) and losses(out) == losses(whole)
+
+
 @pytest.mark.faults
 def test_a_run_killed_before_its_first_save_starts_again_from_the_same_weights(shards, tmp_path, finished):
     more = ("--init", str(finished[0]), "--save_every", "10")
