@@ -22,7 +22,7 @@ def commands(text: str) -> list[str]:
 def test_both_languages_have_the_same_commands_and_files():
     english, chinese = (commands(t) for t in TEXTS.values())
     assert english == chinese and len(english) > 10
-    named = [re.findall(r"^\| `([\w/.]+)` \|", t, re.M) for t in TEXTS.values()]
+    named = [re.findall(r"^\| `([\w/]+(?:\.py|/))` \|", t, re.M) for t in TEXTS.values()]
     assert named[0] == named[1] and all((ROOT / file).exists() for file in named[0])
 
 
