@@ -175,7 +175,7 @@ def gradient_sync(model: nn.Module, cfg: ParallelConfig, last: bool):
     """
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
-    if _groups(model):
+    if hasattr(model, "set_requires_all_reduce"):  # the root of FSDP2's modules
         model.set_requires_all_reduce(last)
         if cfg.shard == "zero2":
             model.set_reshard_after_backward(last)

@@ -68,7 +68,6 @@ GPUS = {
     "3090": Gpu(71, 24, 32),
     "L40S": Gpu(362, 48, 32),
 }
-PEAK_TFLOPS = {name: gpu.tflops for name, gpu in GPUS.items()}
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA's context, NCCL's buffers, fragmentation
 NODE = 8  # GPUs that are joined by the fast link
 
@@ -364,13 +363,13 @@ def changes(job: Job, fits) -> tuple[str, Job] | None:
             if fits(new := changed(parts)):
                 return " ".join(flag for flag, _, _ in parts), new
     flags = [flag for flag, _, _ in cheap]
+    if p.shard != "zero3" and job.world == 1:  # on one GPU it was not among the cheap ones
+        flags.append("--shard zero3")
     shard = {"inner": {"shard": "zero3"}}
     for factor in (2, 4, 8, 16, 32, 64, 128):
         if fits(new := changed(cheap, world=job.world * factor, **shard)):
-            flags += [] if "zero3" in " ".join(flags) or p.shard == "zero3" else ["--shard zero3"]
             return " ".join([f"--gpus {new.world}", *flags]), new
     if not p.offload and fits(new := changed(cheap, inner={"shard": "zero3", "offload": True})):
-        flags += [] if "zero3" in " ".join(flags) or p.shard == "zero3" else ["--shard zero3"]
         return " ".join([*flags, "--offload"]), new
     return None
 
@@ -568,14 +567,12 @@ def communication_seconds(job: Job, e: Estimate, gpu: str, network: float) -> fl
     A ring moves (n−1)/n of a gathered or scattered tensor through each rank, twice that of a reduced one.
     Beyond a node the rate is `network`, GB/s a GPU and direction.
     """
-    p, link = job.parallel, GPUS[gpu].link
+    link = GPUS[gpu].link
     inside = link if job.cut <= NODE else min(link, network)
     copies = job.world // job.cut
     across = link if job.world <= NODE else min(link, network)
     ring = (job.cut - 1) / job.cut * (e.gathered + e.scattered + e.dealt) / inside
-    return (
-        ring + (2 * (copies - 1) / copies * e.reduced / across if p.shard == "none" or copies > 1 else 0)
-    ) / 1e9
+    return (ring + 2 * (copies - 1) / copies * e.reduced / across) / 1e9
 
 
 def report(

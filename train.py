@@ -347,9 +347,9 @@ class Sums:
         table = torch.cat([torch.stack(list(self.pairs.values())).flatten(), every])
         if self.process.world > 1:
             dist.all_reduce(table)
-        numbers = table.tolist()
-        sums = zip(numbers[0::2], numbers[1::2], strict=False)
-        return dict(zip(self.pairs, sums, strict=False)), numbers[2 * len(self.pairs) :]
+        numbers, end = table.tolist(), 2 * len(self.pairs)
+        sums = zip(numbers[0:end:2], numbers[1:end:2], strict=True)
+        return dict(zip(self.pairs, sums, strict=True)), numbers[end:]
 
 
 def slowest(seconds: list[float]) -> dict[str, float]:
@@ -374,7 +374,7 @@ class Peak:
         each = tflops * 1e12
         if not each and process.device.startswith("cuda"):
             name = device = torch.cuda.get_device_name()
-            each = 1e12 * next((t for key, t in planning.PEAK_TFLOPS.items() if key in name), 0)
+            each = 1e12 * next((g.tflops for key, g in planning.GPUS.items() if key in name), 0)
             self.source = f"{name}, the vendor's dense bf16"
         if not each:
             each, self.source = measured_flops(process.device, dtype), "a large matrix product, measured now"
@@ -749,23 +749,25 @@ def describe(
     print(f"= {most}{common.human(flops)} per token, {flops * tokens:.3g} in all")
 
 
-def operations(config: ModelConfig, recompute: bool, batch: dict) -> tuple[float, float]:
-    """Count the operations to train a token of this batch: what the model needs, what the hardware does."""
-    length = batch["ids"].shape[1]
-    return flops_per_token(config, length), flops_per_token(config, length, recompute)
+def operations(config: ModelConfig, recompute: bool) -> Callable[[dict], tuple[float, float]]:
+    """Make the `flops` of `fit`: operations to train a token of a batch, the model's and the hardware's."""
+
+    @functools.cache  # to count parameters is to build the model on the meta device: not in every step
+    def of_rows(length: int) -> tuple[float, float]:
+        return flops_per_token(config, length), flops_per_token(config, length, recompute)
+
+    return lambda batch: of_rows(batch["ids"].shape[1])
 
 
 def show_plan(cfg: TrainConfig) -> None:
     """Print what the run would take; without --data by the preset's vocabulary and --tokens."""
-    names = {f.name for f in dataclasses.fields(planning.PlanConfig)} & {
-        f.name for f in dataclasses.fields(cfg)
-    }
-    wanted = {name: getattr(cfg, name) for name in names}
+    if os.environ.get("RANK", "0") != "0":
+        return
+    fields = {f.name for f in dataclasses.fields(planning.PlanConfig)}
+    wanted = {name: value for name, value in dataclasses.asdict(cfg).items() if name in fields}
     wanted["gpus"] = cfg.gpus or int(os.environ.get("WORLD_SIZE", 1))
     wanted["tokens"] = cfg.tokens or cfg.steps * cfg.tokens_per_step
     config = None
-    if os.environ.get("RANK", "0") != "0":
-        return
     if not cfg.data and (cfg.init or cfg.hidden_size or cfg.num_hidden_layers or cfg.buckets):
         raise ValueError("--plan without --data takes a --preset as it is; give --data for the other flags")
     if cfg.data:
@@ -874,7 +876,7 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
         card=card,
         tokenizer=tokenizer,
         # with --train_only some products have no gradient: no MFU rather than a wrong one
-        flops=None if cfg.train_only else functools.partial(operations, config, cfg.activation_checkpointing),
+        flops=None if cfg.train_only else operations(config, cfg.activation_checkpointing),
         first_loss=0.0 if cfg.init else math.log(config.vocab_size),
     )
     left = ", ".join(f"{len(rows)} of {n} tokens" for n, rows in batches.ready.items() if rows)
