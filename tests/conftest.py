@@ -5,9 +5,17 @@ hf = tiny_hf("phi")                                # a random PhiForCausalLM in 
 hf = tiny_hf("llama-tied", vocab_size=512, dtype=torch.bfloat16)
 hf, folder = tiny_folder("bloom")                  # fixture: the same, saved once per session (do not write there)
 done = run_script("train.py", "--help")            # a CompletedProcess; extra environment as keywords
+launch(worker, folder, world=4)                    # a function of a test file in four processes of one gloo group
+with disk_full_after(1000): ...                    # writes beyond that many bytes of a file fail
+shards = packed_corpus(folder, 600, (2, 20), 320)  # a small packed corpus
 """
 
+import contextlib
+import json
 import os
+import random
+import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -98,3 +106,68 @@ def run_script(*args, timeout: float = 120, cwd: Path | str = ROOT, **env) -> su
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+def launch(function, *args, world: int = 2, timeout: float = 300) -> list[str]:
+    """Run a function of a test file in `world` processes of one gloo group; every one must end with status 0.
+
+    It gets the arguments as text; returns what each process wrote.
+    """
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    file = function.__module__
+    code = f"import sys, {file}; {file}.{function.__name__}(*sys.argv[1:])"
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    shared |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *map(str, args)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        outputs = [w.communicate(timeout=timeout)[0] for w in workers]
+    finally:
+        for w in workers:
+            w.kill()
+    assert [w.returncode for w in workers] == [0] * world, "\n".join(outputs)
+    return outputs
+
+
+@contextlib.contextmanager
+def disk_full_after(size: int):
+    """Let every write beyond `size` bytes of a file fail, as a full disk does (EFBIG for ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def packed_corpus(folder: Path, documents: int, sentences: tuple[int, int], vocab_size: int) -> Path:
+    """Write documents about who owns what, learn a tokenizer, pack; return the packed folder."""
+    import data
+    import tokenizer as tok
+
+    draw = random.Random(0)
+    names, things = "王小明 李红 张伟 赵静 陈东".split(), "书 笔 灯 伞 琴 画 茶杯 木船".split()
+    texts = [
+        "。".join(
+            f"{draw.choice(names)}有{draw.randint(2, 99)}个{draw.choice(things)}"
+            for _ in range(draw.randint(*sentences))
+        )
+        for _ in range(documents)
+    ]
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text(
+        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8"
+    )
+    tok.train(tok.Train((str(corpus),), out=str(folder / "tok"), vocab_size=vocab_size))
+    data.pack(data.PackConfig((str(corpus),), str(folder / "tok"), str(folder / "shards"), 0.05, workers=1))
+    return folder / "shards"

@@ -1,11 +1,9 @@
 """Model folders are what transformers writes and reads (cut over several ranks: see test_state.py)."""
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import tempfile
@@ -15,7 +13,7 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from conftest import run_script, tiny_hf
+from conftest import disk_full_after, run_script, tiny_hf
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -791,17 +789,6 @@ def test_folder_that_is_neither_a_model_nor_a_run_is_refused(tmp_path):
         checkpoint.load_model(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="config.json: no such file"):
         checkpoint.read_config(tmp_path)
-
-
-@contextlib.contextmanager
-def disk_full_after(size):
-    """Let every write beyond `size` bytes of a file fail, as a full disk does (EFBIG for ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("size, extra", [(5000, {}), (30_000, {"shard_bytes": 40_000}), (200, {})])

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import packed_corpus
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -43,9 +44,7 @@ FLAGS = [
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    from test_parallel import pack
-
-    return pack(tmp_path_factory.mktemp("corpus"))
+    return packed_corpus(tmp_path_factory.mktemp("corpus"), 300, (1, 9), 300)
 
 
 def start(shards, out, fault="", *more, ranks=2, launcher=(), **options) -> subprocess.Popen:

@@ -4,10 +4,6 @@ import copy
 import itertools
 import json
 import math
-import os
-import socket
-import subprocess
-import sys
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from conftest import ROOT
+from conftest import launch
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -403,32 +399,6 @@ def same(a, b):
     return torch.equal(*(x.to_local() if isinstance(x, DTensor) else x for x in (a, b)))
 
 
-def launch(function, *args, world):
-    """Run a function of this file in `world` processes of one gloo group; every one must end with status 0."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = f"import sys, test_optim; test_optim.{function}(*sys.argv[1:])"
-    common_env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common_env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)],
-            env={**os.environ, **common_env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [w.communicate(timeout=240)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0] * world, "\n".join(outputs)
-
-
 @pytest.fixture(scope="module", params=[2, 4], ids=["two ranks", "four ranks"])
 def said(request, tmp_path_factory):
     """Give what each rank found, {layout: {...}} per rank; one process, of one thread, has set the standard."""
@@ -440,7 +410,7 @@ def said(request, tmp_path_factory):
         train(net, optimizer, steps)
         save_file(everything(net, optimizer), folder / f"one-{steps.stop}.safetensors")
     torch.set_num_threads(threads)
-    launch("ranks", folder, world=request.param)
+    launch(ranks, folder, world=request.param)
     return [json.loads((folder / f"out-{rank}.json").read_text()) for rank in range(request.param)]
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -21,18 +20,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import packed_corpus
 from safetensors.torch import load_file, save_file
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-import data
 import generate
 import model as M
 import parallel as P
 import state
-import tokenizer as tok
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,25 +176,6 @@ def weight_error(one: dict, other: dict) -> float:
 # --- runs on packed text -------------------------------------------------------------------------------------
 
 
-def pack(folder: Path) -> Path:
-    draw = random.Random(0)
-    names, things = "王小明 李红 张伟 赵静 陈东".split(), "书 笔 灯 伞 琴 画 茶杯 木船".split()
-    texts = [
-        "。".join(
-            f"{draw.choice(names)}有{draw.randint(2, 99)}个{draw.choice(things)}"
-            for _ in range(draw.randint(1, 9))
-        )
-        for _ in range(300)
-    ]
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text(
-        "".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in texts), encoding="utf-8"
-    )
-    tok.train(tok.Train((str(corpus),), out=str(folder / "tok"), vocab_size=300))
-    data.pack(data.PackConfig((str(corpus),), str(folder / "tok"), str(folder / "shards"), 0.05, workers=1))
-    return folder / "shards"
-
-
 def settings_of(shards: Path, out: Path, **more) -> train.TrainConfig:
     return train.TrainConfig(
         str(out), data=str(shards), preset="tiny", row_tokens=64, tokens_per_step=512, micro_tokens=64, steps=6,
@@ -259,7 +238,7 @@ def launch(ranks: int, folder: Path, *words: str) -> dict:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("parallel")
-    pack(made)
+    packed_corpus(made, 300, (1, 9), 300)
     for world in (2, 4):
         for name, more in FITS.items():
             if modes_of(world, name):

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import pickle
-import resource
 import shutil
 import signal
 import socket
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, run_script
+from conftest import ROOT, disk_full_after, launch, run_script
 from safetensors.torch import load_file, save_file
 
 import checkpoint
@@ -302,17 +301,6 @@ def test_state_of_another_model_is_refused_and_changes_nothing(changes, words, r
         state.load_step(run / "step_0000002", other, optimizer, ONE)
     assert words in str(error.value)
     assert_equal_dicts(everything(other, optimizer), before)
-
-
-@contextlib.contextmanager
-def disk_full_after(size):
-    """Let every write beyond `size` bytes of a file fail, as a full disk does (EFBIG for ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("step", [2, 3])
@@ -763,33 +751,6 @@ LAYOUTS = {"one": (1, 1), "ddp-2": (1, 2), "zero3-2": (2, 1), "offload-2": (2, 1
 LAYOUTS |= {"zero3-4": (4, 1), "hsdp-4": (2, 2)}  # shards, replicas
 
 
-def launch(function, *args, world=2):
-    """Run a function of this file in `world` processes of one gloo group; every one must end with status 0."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    code = f"import sys, test_state; test_state.{function}(*sys.argv[1:])"
-    common_env = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    common_env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, *map(str, args)],
-            env={**os.environ, **common_env, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        outputs = [w.communicate(timeout=300)[0] for w in workers]
-    finally:
-        for w in workers:
-            w.kill()
-    assert [w.returncode for w in workers] == [0] * world, "\n".join(outputs)
-    return outputs
-
-
 def chunk(tensor, part, parts):
     """What torch.chunk gives to a part; it may make fewer parts than asked."""
     cut = tensor.chunk(parts)
@@ -1008,10 +969,10 @@ def ranks(tmp_path_factory):
         state.save_step(folder / case / "one", 2, made, optimizer, {"case": case}, ONE)
         checkpoint.save_model(made, folder / case / "one-model", None, torch.bfloat16, 1000)
         checkpoint.save_model(made, folder / case / "fp32-model", None, None, 1000)
-    launch("two", folder)
-    launch("four", folder, world=4)
+    launch(two, folder)
+    launch(four, folder, world=4)
     state.lock(folder / "locked", ONE)
-    return folder, launch("pair", folder)
+    return folder, launch(pair, folder)
 
 
 def named_state(model, optimizer):

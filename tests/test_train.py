@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run_script
+from conftest import ROOT, packed_corpus, run_script
 
 import checkpoint
 import common
@@ -53,22 +53,7 @@ FLAGS = [
 def shards(tmp_path_factory):
     """A packed corpus of 600 documents about who owns what."""
     folder = tmp_path_factory.mktemp("corpus")
-    draw = random.Random(0)
-    names, things = "王小明 李红 张伟 赵静 陈东".split(), "书 笔 灯 伞 琴 画 茶杯 木船".split()
-    rows = [
-        "。".join(
-            f"{draw.choice(names)}有{draw.randint(2, 99)}个{draw.choice(things)}"
-            for _ in range(draw.randint(2, 20))
-        )
-        for _ in range(600)
-    ]
-    corpus = folder / "corpus.jsonl"
-    corpus.write_text(
-        "".join(json.dumps({"text": r}, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8"
-    )
-    tok.train(tok.Train((str(corpus),), out=str(folder / "tok"), vocab_size=320))
-    data.pack(data.PackConfig((str(corpus),), str(folder / "tok"), str(folder / "shards"), 0.05, workers=1))
-    return folder / "shards"
+    return packed_corpus(folder, 600, (2, 20), 320)
 
 
 def command(shards, out, *more, ranks=1):
