@@ -453,14 +453,15 @@ class Model(nn.Module):
 
         targets  (B, T): return the nll of every token (B, T) in fp32, 0 where targets is -100; with `lse`
                  the pair (nll, logsumexp of the logits), for z-loss.
-        doc_ids  (B, T): tokens see only earlier tokens of the same document; documents are contiguous.
+        doc_ids  (B, T): tokens see only earlier tokens of the same document; documents are contiguous, and a
+                 row may exceed the context where no document does. −1: the empty end of a row, of any length.
         cache    the new tokens of row b stand at cache.lengths[b] + arange(T); lengths grow by num_new (B,),
                  by T if it is not given. Rows of unequal length are padded on the right.
         last     compute the head only at each row's last real position.
 
         Returns without targets: head lm: logits (B, T, V), or (B, V) with `last`; head score: (B, T, 1)
-        fp32, or (B, 1); head none: hidden states (B, T, C), or (B, C). ValueError if T exceeds a RoPE
-        model's context.
+        fp32, or (B, 1); head none: hidden states (B, T, C), or (B, C). ValueError if a row, or with doc_ids
+        a document, is longer than a RoPE model's context.
         """
         B, T = ids.shape
         if targets is not None and self.config.head != "lm":
@@ -506,7 +507,9 @@ class Model(nn.Module):
         else:
             at = Positions(steps)
         if cache is None:
-            check_length(self.config, T)
+            packed = doc_ids is not None and self.config.max_position_embeddings < T
+            # no longer than its longest document; only a longer row must wait for the device to say how long
+            check_length(self.config, int(at.index.where(doc_ids >= 0, -1).max()) + 1 if packed else T)
         frequencies, at.slopes = self.position_tables(device)
         if frequencies is not None:
             at.cos, at.sin = kernels.rope_table(at.index, frequencies)

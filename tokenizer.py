@@ -20,6 +20,7 @@ puts a space in front of every text (dummy prefix) puts one at the seam as well.
     python tokenizer.py extend out/tok new.jsonl --vocab_size 10000 --specials "<|tool|>" --out out/tok2
     python tokenizer.py stats out/tok corpus.jsonl
     python tokenizer.py dump out/tok --out out/vocabulary.tsv
+    python tokenizer.py show out/tok --data chat.jsonl --template plain    # a conversation, what is trained
 
 The folder loads in transformers as well (LlamaTokenizer, AutoTokenizer) and in tokenizers (tokenizer.json).
 Of others we read tokenizer.model (SentencePiece) or else tokenizer.json (byte-level or Metaspace BPE).
@@ -41,6 +42,7 @@ import io
 import itertools
 import json
 import operator
+import os
 import random
 import re
 import struct
@@ -57,6 +59,7 @@ from typing import Literal
 import numpy as np
 from tyro.conf import Positional
 
+import chat
 from common import atomic_folder, atomic_text, documents, human, progress, run
 
 # Ids 0, 1, 2, 3 of ours. A byte-level vocabulary has no <unk>: there is nothing it cannot write.
@@ -251,7 +254,10 @@ def normalizing(spec: dict, where: str) -> Callable[[str], str]:
 
 
 def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
-    """Make a function of one pre_tokenizer: (piece, does the text begin with it) -> pieces."""
+    """Make a function of one pre_tokenizer: (piece, does the text begin with it) -> pieces.
+
+    None instead of True or False: it goes on from another text, so no space is put in front.
+    """
     kind, behavior, gaps = spec["type"], spec.get("behavior", "Isolated"), True
     mark, scheme = "", "never"  # what stands for a space, and whether one is put in front
     if kind == "ByteLevel":
@@ -280,9 +286,10 @@ def splitting(spec: dict, where: str) -> Callable[[str, bool], list[str]]:
     if pattern and gaps and not pattern.groups:
         cut = compiled(f"({pattern.pattern})", where).split  # the same, twice as fast
 
-    def split(text: str, first: bool) -> list[str]:
+    def split(text: str, first: bool | None) -> list[str]:
         text = text.replace(" ", mark) if mark else text
-        if (scheme == "always" or (scheme == "first" and first)) and not text.startswith(mark):
+        wanted = first if scheme == "first" else scheme == "always" and first is not None
+        if wanted and not text.startswith(mark):
             text = mark + text
         return list(filter(None, cut(text))) if pattern else [text]
 
@@ -373,11 +380,11 @@ class SentencePieceBackend:
             byte_ids = {data: i for i, data in enumerate(self.token_bytes) if file.types[i] == BYTE}
             self.space_in_bytes = [byte_ids[bytes([b])] for b in SPACE.encode()]
 
-    def encode(self, text: str) -> list[int]:
-        """Encode plain text; ValueError for a lone surrogate."""
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """Encode plain text; inside: it goes on from another. ValueError for a lone surrogate."""
         try:
             if self.space_in_bytes is None or SPACE not in text:
-                return self.processor.encode(text)
+                return (self.inside if inside else self.processor).encode(text)
             first, *others = [self.processor.encode(part) for part in text.split(SPACE)]
         except RuntimeError:
             text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError here, which is a ValueError
@@ -416,7 +423,9 @@ class BpeBackend:
     def __init__(self, file: JsonFile):
         spec, model, where = file.spec, file.spec["model"], file.where
         splitters = leaves(spec.get("pre_tokenizer"))
-        self.normalizers = [normalizing(leaf, where) for leaf in leaves(spec.get("normalizer"))]
+        self.normalizers = [
+            (leaf["type"], normalizing(leaf, where)) for leaf in leaves(spec.get("normalizer"))
+        ]
         idle = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}  # it cuts nothing
         self.splitters = [splitting(leaf, where) for leaf in splitters if not idle.items() <= leaf.items()]
         self.byte_level = "ByteLevel" in [leaf["type"] for leaf in splitters]
@@ -543,25 +552,26 @@ class BpeBackend:
                     return False
         return True
 
-    def normalize(self, text: str) -> str:
-        """Apply the normalizers, one after the other."""
-        for normalizer in self.normalizers:
-            text = normalizer(text)
+    def normalize(self, text: str, inside: bool = False) -> str:
+        """Apply the normalizers, one after the other; inside a text nothing is put in front."""
+        for kind, normalizer in self.normalizers:
+            text = text if inside and kind == "Prepend" else normalizer(text)
         return text
 
-    def encode(self, text: str) -> list[int]:
-        """Encode plain text; ValueError for a lone surrogate."""
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """Encode plain text; inside: it goes on from another. ValueError for a lone surrogate."""
         text.encode("utf-8")  # a lone surrogate raises UnicodeEncodeError, which is a ValueError
         ids = []
         for n, part in enumerate(self.added[False].split(text)):  # text, added token, text, ...
             if n % 2:
                 ids.append(self.added_id[part])
                 continue
-            for m, section in enumerate(self.added[True].split(self.normalize(part))):
+            goes_on = inside and n == 0
+            for m, section in enumerate(self.added[True].split(self.normalize(part, goes_on))):
                 if m % 2:
                     ids.append(self.added_id[section])
                     continue
-                pieces = self.pieces(section, n == m == 0)
+                pieces = self.pieces(section, None if goes_on and m == 0 else n == m == 0)
                 runs = [(bool(self.tiktoken), pieces)]
                 if "\0" in section:  # which parts the pieces in what tiktoken gets
                     runs = itertools.groupby(pieces, lambda piece: self.tiktoken and "\0" not in piece)
@@ -573,7 +583,7 @@ class BpeBackend:
                         ids += self.cached(piece) if len(piece) < 64 else self.encode_piece(piece)
         return ids
 
-    def pieces(self, text: str, first: bool = True) -> list[str]:
+    def pieces(self, text: str, first: bool | None = True) -> list[str]:
         """Apply the splitters, one after the other, each to every piece of the one before."""
         pieces = [text] if text else []
         for split, again in zip(self.splitters, self.cached_splitters):
@@ -645,10 +655,18 @@ class Tokenizer:
     bos_id, eos_id, pad_id, unk_id: int, or None where there is none. vocab_size counts added tokens.
     special_ids: ids that no text produces (but a model without byte fallback does read unknown characters as
     unk_id). add_bos: whether documents start with bos. digest: hex SHA-256 of model and special tokens.
+    template: the name of the chat template that the folder is meant for, or None.
     """
 
-    def __init__(self, backend, special: dict[str, int | None], add_bos: bool, files: dict[str, bytes]):
-        self.backend, self.files = backend, files  # files: name -> content, what save writes
+    def __init__(
+        self,
+        backend,
+        special: dict[str, int | None],
+        add_bos: bool,
+        files: dict[str, bytes],
+        template: str | None = None,
+    ):
+        self.backend, self.files, self.template = backend, files, template  # files: what save writes
         self.source = next(name for name in ("tokenizer.model", "tokenizer.json") if name in files)
         self.bos_id, self.eos_id, self.pad_id, self.unk_id = (
             special[k] for k in ("bos", "eos", "pad", "unk")
@@ -668,6 +686,13 @@ class Tokenizer:
         """
         return self.backend.encode(text)
 
+    def encode_next(self, text: str) -> list[int]:
+        """Encode text that goes on from another: as encode, but no space is put in front.
+
+        " 好" after "答:" is ▁好 under a model with a dummy prefix, where encode would give ▁▁好.
+        """
+        return self.backend.encode(text, inside=True)
+
     def encode_bytes(self, data: bytes) -> list[int]:
         """Encode UTF-8, or a part of a character, as inside a text: cut nowhere, no space put in front.
 
@@ -682,6 +707,74 @@ class Tokenizer:
     def encode_document(self, text: str) -> list[int]:
         """Encode a whole document: bos (where the model uses one) + text + eos."""
         return self.encode_prompt(text) + ([] if self.eos_id is None else [self.eos_id])
+
+    def encode_chat(
+        self, messages: list[dict], open_reply: bool = False, template: str | None = None
+    ) -> tuple[list[int], list[int]]:
+        """Encode a conversation by the folder's template or another: ids, and a mask that is 1 on replies.
+
+        mask 1: a token that is trained, the one that ends a reply included. open_reply: end where the model
+        is to reply; these ids are a prefix of the conversation's with that reply. What messages say is text,
+        never a special token. ValueError: no conversation, no template, tokens that are missing.
+        """
+        template = self.chat_template(template)
+        ids, mask = [], []
+        for span in chat.spans(template, messages, open_reply, self.add_bos):
+            if span.special:
+                new = [self.template_id(span.text, template)]
+            else:
+                new = self.encode_next(span.text) if span.follows else self.encode(span.text)
+            ids += new
+            mask += [int(span.trained)] * len(new)
+        return ids, mask
+
+    def end_ids(self, template: str | None = None) -> list[int]:
+        """Give the ids that end a reply under the template: what belongs into eos_token_id."""
+        template = self.chat_template(template)
+        return [self.template_id(template.end, template)]
+
+    def chat_template(self, name: str | None = None) -> chat.Template:
+        """Give the template of a name, or the folder's own; ValueError where there is none."""
+        if name is None and self.template is None:
+            names = ", ".join(chat.TEMPLATES)
+            raise ValueError(f"this tokenizer says no chat template that we know; give --template: {names}")
+        return chat.find_template(self.template if name is None else name)
+
+    def template_id(self, text: str, template: chat.Template) -> int:
+        """Give the id of a special token of a template; ValueError names all that are missing."""
+        own = {chat.BOS: self.bos_id, chat.EOS: self.eos_id}
+        i = own[text] if text in own else self.special_id.get(text)
+        if i is None and text in own:
+            raise ValueError(f"template {template.name}: this tokenizer has no {text.strip('{}')} token")
+        if i is None:
+            missing = [token for token in template.specials if token not in self.special_id]
+            raise ValueError(
+                f"template {template.name}: this tokenizer has no special token {', '.join(missing)}; do "
+                f'python tokenizer.py extend FOLDER --specials "{",".join(missing)}" --out NEW and '
+                "python checkpoint.py resize FOLDER --tokenizer NEW --out NEW_FOLDER"
+            )
+        return i
+
+    @functools.cached_property
+    def special_id(self) -> dict[str, int]:
+        """The ids of special tokens by their text."""
+        return {self.backend.texts[i]: i for i in self.special_ids}
+
+    def with_template(self, name: str) -> Tokenizer:
+        """Give the same tokenizer for another chat template: its files name it, and hold its Jinja.
+
+        ValueError: no such template, or special tokens that are missing.
+        """
+        template = chat.find_template(name)
+        begins = (chat.BOS,) if template.bos in ("once", "turn") else ()
+        for part in (template.end, *begins, *template.specials):
+            self.template_id(part, template)
+        config = json.loads(self.files.get(CONFIGS[0], b"{}")) | {"baizhi_template": name}
+        config.pop("chat_template", None)  # an older place; transformers 5 reads the file beside it
+        text = json.dumps(config, ensure_ascii=False, indent=1)
+        jinja = chat.jinja(template, self.add_bos)
+        files = self.files | {CONFIGS[0]: text.encode(), "chat_template.jinja": jinja.encode()}
+        return from_files(files, f"the tokenizer with template {name}")
 
     def decode(self, ids: Iterable[int], skip_special: bool = True, at_start: bool = True) -> str:
         """Turn ids into text; special tokens vanish, or show as they are written with skip_special=False.
@@ -810,7 +903,23 @@ def from_files(files: dict[str, bytes], where: str) -> Tokenizer:
     special = {k: id_of.get(named[k]) if k in named else backend.own.get(k) for k in BASE_SPECIALS}
     add_bos = config.get("add_bos_token")
     add_bos = backend.add_bos if add_bos is None else add_bos
-    return Tokenizer(backend, special, add_bos=add_bos, files=files)
+    return Tokenizer(backend, special, add_bos, files, stated_template(config, files))
+
+
+def stated_template(config: dict, files: dict[str, bytes]) -> str | None:
+    """Name the chat template that a folder states: by its name, or by Jinja that is word for word ours."""
+    jinja = config.get("chat_template")
+    if isinstance(jinja, list):  # of several, each with a name
+        named = {j.get("name"): j.get("template") for j in jinja if isinstance(j, dict)}
+        jinja = named.get("default")
+    if "chat_template.jinja" in files:
+        jinja = files["chat_template.jinja"].decode("utf-8", "replace")
+    ours, found = config.get("baizhi_template"), chat.recognise(jinja) if isinstance(jinja, str) else None
+    if ours is None:
+        return found
+    if jinja is not None and found != ours:
+        return None  # another Jinja beside our name: transformers would write other prompts than we
+    return ours if isinstance(ours, str) else None
 
 
 # --- 6. the folder that transformers reads ------------------------------------------------------------------
@@ -1704,5 +1813,51 @@ def dump(config: Dump) -> None:
         print("".join(rows), end="")
 
 
+# --- 12. a conversation in colour ---------------------------------------------------------------------------
+
+
+def highlight(tokenizer: Tokenizer, ids: list[int], mask: list[int], colour: bool | None = None) -> str:
+    """Show what is trained, by encode_chat's ids and mask: in green, special tokens inverted.
+
+    Without colour: ⟦trained⟧ and «special». colour=None: colour if stdout is a terminal and NO_COLOR is not
+    set. Control characters show as escapes, so that data cannot steer the terminal.
+    """
+    if colour is None:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    stream, result = tokenizer.stream(skip_special=False), []
+    kind = lambda pair: (pair[1], pair[0] in tokenizer.special_ids)
+    for trained, stretch in itertools.groupby(zip(ids, mask, strict=True), key=lambda pair: pair[1]):
+        parts = []
+        for (_, special), pairs in itertools.groupby(stretch, key=kind):
+            text = "".join([stream.push(i) for i, _ in pairs]) + stream.flush()
+            text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+            inverted = f"\x1b[7m{text}\x1b[27m" if colour else f"«{text}»"
+            parts.append(inverted if special else text)
+        green = "\x1b[32m{}\x1b[39m" if colour else "⟦{}⟧"
+        text = "".join(parts)
+        result.append(green.replace("{}", text) if trained else text)
+    return "".join(result)
+
+
+@dataclass
+class Show:
+    tokenizer: Positional[str]  # folder or .model file
+    data: str  # file of conversations, of any form that chat.py knows
+    template: str = ""  # chat template; empty: the one that the folder names
+    rows: int = 3  # conversations to show
+
+
+def show(config: Show) -> None:
+    """Print conversations as a model is trained on them: what it learns to write in colour, or in ⟦ ⟧."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    for row in chat.read_rows([config.data])[: config.rows]:
+        try:
+            ids, mask = tokenizer.encode_chat(row["messages"], template=config.template or None)
+        except ValueError as error:
+            raise ValueError(f"{row['where']}: {error}") from None
+        print(f"--- {row['where']}: {len(ids)} tokens, {sum(mask)} trained")
+        print(highlight(tokenizer, ids, mask))
+
+
 if __name__ == "__main__":
-    run(train, extend, stats, dump, doc=__doc__)
+    run(train, extend, stats, dump, show, doc=__doc__)

@@ -474,12 +474,30 @@ def test_bloom_goes_beyond_its_context_with_a_warning(tiny_folder):
             model(ids[:, :128])
 
 
-def test_a_packed_row_longer_than_the_context_is_refused():
-    """Also where each of its documents would fit: a row is never longer than the context."""
-    model = fresh(small())
-    ids, doc_ids = tokens(1, 65, vocab=61), torch.arange(65)[None] // 5
-    with pytest.raises(ValueError, match="65.*64"):
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_packed_row_may_exceed_the_context_where_no_document_does(family):
+    """Documents of 5 in a row of 100; then the empty end of a row, which is no document and may be any length."""
+    model = fresh(small(family))
+    ids, doc_ids = tokens(1, 100, vocab=61), torch.arange(100)[None] // 5
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = model(ids, doc_ids=doc_ids)
+        alone = torch.cat([model(ids[:, i : i + 5]) for i in range(0, 100, 5)], 1)
+        assert gap(logits, alone) < SELF
+        model(ids, doc_ids=torch.full_like(ids, -1))
+
+
+def test_a_document_longer_than_the_context_is_refused_in_a_packed_row():
+    """64 tokens are the context: a document of 64 passes, of 65 does not, wherever it stands in the row."""
+    model = fresh(small("llama"))
+    ids, doc_ids = tokens(2, 80, vocab=61), torch.zeros(2, 80, dtype=torch.long)
+    doc_ids[:, :8], doc_ids[0, 72:], doc_ids[1, 72:] = 7, -1, 9
+    model(ids, doc_ids=doc_ids)
+    doc_ids[1, 72] = 0
+    with pytest.raises(ValueError, match="65 tokens exceed the model's context of 64"):
         model(ids, doc_ids=doc_ids)
+    with pytest.raises(ValueError, match="80 tokens"):
+        model(ids)
 
 
 # --- 7. heads, dropout, dtypes -------------------------------------------------------------------------------
