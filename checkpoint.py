@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ def hf_name(name: str, family: str) -> str:
         dotted = dotted.replace(f".{ours}.", f".{theirs}.")
     name = dotted[1:-1]
     return name if name.startswith(HEADS) else BODY[family] + name
+
+
+ADAPTERS = ("lora_A.weight", "lora_B.weight", "new_rows")  # what lora.py adds; no model folder holds it
+
+
+def is_adapter(name: str) -> bool:
+    """Tell whether a parameter belongs to an adapter, not to the model itself."""
+    return name.endswith(ADAPTERS)
 
 
 def parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -154,8 +163,14 @@ ROPE = ("rope_parameters", "rope_theta", "partial_rotary_factor")
 def read_config(folder: str | Path) -> ModelConfig:
     """Read config.json into a ModelConfig.
 
+    Of an adapter folder: its base's, with the adapter's own ids of special tokens.
     ValueError: no such file, another kind of model, a key that changes the function and is not understood.
     """
+    if is_adapter_folder(folder):
+        path = Path(folder) / "generation_config.json"
+        ids = read_object(path) if path.exists() else {}
+        ids = {key: ids[key] for key in TOKENS if ids.get(key) is not None}
+        return dataclasses.replace(read_config(base_folder(folder)), **ids)
     path = Path(folder) / "config.json"
     raw = read_object(path)
     family = {"xverse": "llama"}.get(raw.get("model_type"), raw.get("model_type"))
@@ -256,15 +271,72 @@ def config_dict(config: ModelConfig, dtype: torch.dtype) -> dict:
 
 
 def model_folder(folder: str | Path) -> Path:
-    """Resolve what a user means by FOLDER: a model folder itself, or the latest complete step of a run."""
+    """Resolve what a user means by FOLDER: a model or adapter folder, a run's latest step, or RUN/best."""
     folder = Path(folder)
-    if (folder / "config.json").exists():
+    if folder.name in ("best", "latest") and folder.is_file():  # a run's file that names a step
+        return folder.parent / folder.read_text().strip()
+    if (folder / "config.json").exists() or is_adapter_folder(folder):
         return folder
     if (folder / "latest").exists():
         return folder / (folder / "latest").read_text().strip()
     if not folder.exists():
         raise ValueError(f"{folder}: no such folder")
     raise ValueError(f"{folder}: neither a model folder (config.json) nor a run with a saved step (latest)")
+
+
+def is_adapter_folder(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter (see lora.py) and no model of its own."""
+    return (Path(folder) / "adapter_config.json").exists() and not (Path(folder) / "config.json").exists()
+
+
+def base_folder(folder: str | Path) -> Path:
+    """Find the model folder that an adapter folder was trained on; a model folder is its own base.
+
+    ValueError names the path if it is not there (any more), and says what to do.
+    """
+    folder = Path(folder)
+    if not is_adapter_folder(folder):
+        return folder
+    config = folder / "adapter_config.json"
+    base = read_object(config).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise ValueError(f'{config}: names no base model; write its folder into "base_model_name_or_path"')
+    if is_adapter_folder(base):
+        raise ValueError(
+            f"{config}: its base {base} is an adapter folder itself; merge it: python lora.py merge"
+        )
+    if not (Path(base) / "config.json").exists():
+        raise ValueError(
+            f"{config}: its base model {base} is not there; put it back, or write the folder where it is now "
+            'into "base_model_name_or_path"'
+        )
+    return Path(base)
+
+
+def folder_digest(folder: str | Path) -> str:
+    """SHA-256 over what decides a folder's outputs: shape, the bytes of all weights, an adapter and its base.
+
+    It reads every byte (about 1 GB/s a core): a changed, damaged or replaced file is never missed.
+    """
+    folder = model_folder(folder)
+    parts = [repr(read_config(folder)), str(folder_dtype(folder))]
+    if is_adapter_folder(folder):
+        said = read_object(folder / "adapter_config.json") | {"base_model_name_or_path": ""}  # it may move
+        parts += [repr(sorted(said.items())), folder_digest(base_folder(folder))]
+        names = [folder / "adapter_model.safetensors"]
+    else:
+        names = sorted(set(tensor_files(folder).values()))
+    parts += map(file_sha256, names)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
@@ -291,7 +363,9 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         with open_tensors(single) as file:
             return dict.fromkeys(file.keys(), single)
     hint = ""
-    if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+    if is_adapter_folder(folder):
+        hint = ": an adapter alone; python lora.py merge makes a model folder of it"
+    elif list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         hint = "; pickled weights (.bin, .pt) are never opened: convert them to safetensors"
     raise ValueError(f"{folder}: no model.safetensors and no index{hint}")
 
@@ -316,7 +390,7 @@ def _match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list,
         names = {n if n.startswith(HEADS) else body + n: n for n in names}
     else:
         names = {n: n for n in names}
-    wanted = {hf_name(ours, config.family): ours for ours in parameters(model)}
+    wanted = {hf_name(ours, config.family): ours for ours in parameters(model) if not is_adapter(ours)}
     ignored = {n for n in names if n.endswith(("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias"))}
     if config.head == "none" or (config.head == "lm" and config.tie_word_embeddings):
         ignored |= {n for n in names if n.startswith(HEADS)}
@@ -324,8 +398,9 @@ def _match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list,
     return {names[n]: ours for n, ours in wanted.items() if n in names}, missing, extra
 
 
-def _report(folder, **kinds: list[str]) -> str:
-    lines = [f"{folder}: the tensors do not fit config.json"]
+def misfit(path: Path, what: str, **kinds: list[str]) -> str:
+    """Say what does not fit, with the first names of each kind."""
+    lines = [f"{path}: {what}"]
     for kind, names in kinds.items():
         if names:
             more = f" … and {len(names) - 20} more" if len(names) > 20 else ""
@@ -333,11 +408,15 @@ def _report(folder, **kinds: list[str]) -> str:
     return "\n".join(lines)
 
 
+Edit = Callable[[str, torch.Tensor, int, int], torch.Tensor]
+
+
 @torch.no_grad()
-def load_into(model: nn.Module, folder: str | Path) -> None:
+def load_into(model: nn.Module, folder: str | Path, edit: Edit | None = None) -> None:
     """Copy a model folder's weights into an allocated model, casting to its dtype, one tensor at a time.
 
-    A rank reads only the rows that it holds; if the model is cut over ranks, all of them call this.
+    A rank reads only the rows that it holds; if the model is cut over ranks, all of them call this. edit:
+    (our name, rows [a, b) of the tensor, a, b) -> what to copy instead; lora.py merges an adapter so.
 
     ValueError lists every missing, unexpected or wrongly shaped tensor before anything is copied.
     """
@@ -352,11 +431,13 @@ def load_into(model: nn.Module, folder: str | Path) -> None:
         if shape != list(target[name].shape):
             wrong.append(f"{theirs} {shape} instead of {list(target[name].shape)}")
     if missing or extra or wrong:
-        raise ValueError(_report(folder, missing=missing, unexpected=extra, **{"of another shape": wrong}))
+        kinds = {"missing": missing, "unexpected": extra, "of another shape": wrong}
+        raise ValueError(misfit(folder, "the tensors do not fit config.json", **kinds))
     for theirs, name in ours.items():
         mine, a, b = own_rows(target[name])
-        mine.copy_(_read_rows(files, theirs, a, b))
-    _check_tied(files, target, getattr(model, "module", model).config, folder)
+        part = _read_rows(files, theirs, a, b)
+        mine.copy_(edit(name, part, a, b) if edit else part)
+    _check_tied(files, target, getattr(model, "module", model).config, folder, edit)
 
 
 def _read_rows(files: dict[str, Path], name: str, a: int, b: int) -> torch.Tensor:
@@ -364,12 +445,14 @@ def _read_rows(files: dict[str, Path], name: str, a: int, b: int) -> torch.Tenso
         return file.get_slice(name)[a:b]
 
 
-def _check_tied(files, target, config, folder):
+def _check_tied(files, target, config, folder, edit):
     """A tied folder may repeat the head; ignoring one that differs would change the model."""
     if config.head == "lm" and config.tie_word_embeddings and "lm_head.weight" in files:
         table = target["embed_tokens.weight"]
         mine, a, b = own_rows(table)
-        same = torch.equal(_read_rows(files, "lm_head.weight", a, b).to(mine), mine)
+        head = _read_rows(files, "lm_head.weight", a, b)
+        head = edit("embed_tokens.weight", head, a, b) if edit else head
+        same = torch.equal(head.to(mine), mine)
         if not all(gather(same) if isinstance(table, DTensor) else [same]):  # the other ranks' rows too
             raise ValueError(f"{folder}: tied, but lm_head.weight differs from the embedding")
 
@@ -385,7 +468,8 @@ def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str
 
 
 def folder_dtype(folder: Path) -> torch.dtype:
-    """The dtype that config.json states, else that of the first tensor."""
+    """The dtype that config.json states, else that of the first tensor; of an adapter folder: its base's."""
+    folder = base_folder(folder)
     raw = common.read_json(folder / "config.json")
     name = raw.get("dtype") or raw.get("torch_dtype")
     if name in DTYPES:
@@ -451,11 +535,16 @@ def save_model(
     Atomic; ValueError on all ranks if FOLDER holds something already or cannot be written (a full disk).
     dtype None keeps the parameters' dtype. Tensors beyond `shard_bytes` go to further files with an index.
     """
+    save_folder(folder, lambda tmp: write_model(model, tmp, tokenizer, dtype, shard_bytes))
+
+
+def save_folder(folder: str | Path, write: Callable[[Path], list[str]]) -> None:
+    """Let all ranks `write` into a temporary folder, and put it in its place: see save_model."""
     failure = f"{folder} could not be written"
     place = common.atomic_folder(folder) if _place()[0] == 0 else contextlib.nullcontext()
     with contextlib.ExitStack() as stack:
         tmp = together(lambda: stack.enter_context(place), failure)[0]
-        together(lambda: write_model(model, tmp, tokenizer, dtype, shard_bytes), failure)
+        together(lambda: write(tmp), failure)
         together(stack.pop_all().close, failure)  # rank 0 puts the folder in its place
 
 
@@ -469,7 +558,11 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     rank, world = _place()
     if any("qkv_proj" in n or "gate_up_proj" in n for n in parameters(model)):
         raise ValueError("this model was fused by generate.load; save the one of checkpoint.load_model")
-    tensors = {hf_name(n, model.config.family): p.detach() for n, p in parameters(model).items()}
+    if not getattr(getattr(model, "adapters", None), "merged", True):
+        raise ValueError("this model has adapters: lora.save_adapter writes them, lora.merge puts them in")
+    tensors = {
+        hf_name(n, model.config.family): p.detach() for n, p in parameters(model).items() if not is_adapter(n)
+    }
     kinds = {n: dtype or p.dtype for n, p in tensors.items()}
     bytes_of = {n: p.numel() * kinds[n].itemsize for n, p in tensors.items()}
     shards: list[list[str]] = [[]]
@@ -485,9 +578,9 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
         for owner, names in enumerate(shards[start : start + world]):
             for name in names:
                 if owner == rank or isinstance(tensors[name], DTensor):
-                    whole = _whole(tensors[name], kinds[name])
+                    tensor = whole(tensors[name], kinds[name])
                     if owner == rank:
-                        mine[name] = whole.cpu().contiguous()
+                        mine[name] = tensor.cpu().contiguous()
         if mine and not problem:
             try:
                 # transformers asks for this word
@@ -505,8 +598,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
             total = {"total_size": sum(bytes_of.values())}
             values["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
         if model.config.head == "lm":
-            ids = {key: getattr(model.config, key) for key in TOKENS}
-            values["generation_config.json"] = {key: i for key, i in ids.items() if i is not None}
+            values["generation_config.json"] = generation_config(model.config)
         for name, value in values.items():
             common.write_json(folder / name, value)
         written += values
@@ -516,7 +608,12 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     return written
 
 
-def _whole(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def generation_config(config: ModelConfig) -> dict:
+    """The ids of the special tokens, for transformers' generate()."""
+    return {key: getattr(config, key) for key in TOKENS if getattr(config, key) is not None}
+
+
+def whole(p: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cast a tensor and, if it is cut over ranks, put it together on every one of them."""
     if not isinstance(p, DTensor):
         return p.to(dtype)

@@ -130,11 +130,12 @@ def make_optimizer(
     """AdamW, fused, or Muon for the blocks; matrices and embeddings decay, norms and biases do not.
 
     Frozen parameters are left out. Muon's parameters are the matrices below `layers`, so neither embedding
-    nor head, tied or not. group: ranks that all hold the whole model (DDP) and may share Muon's work; sharded
-    parameters know theirs.
+    nor head, tied or not, and no adapters (lora.py): of those only the product changes the model. group:
+    ranks that all hold the whole model (DDP) and may share Muon's work; sharded parameters know theirs.
     """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    inside = {p for name, p in named if p.dim() == 2 and "layers" in name.split(".")}
+    blocks = [(name, p) for name, p in named if "layers" in name.split(".") and ".lora_" not in name]
+    inside = {p for _, p in blocks if p.dim() == 2}
     matrices = [p for _, p in named if p in inside] if cfg.optimizer == "muon" else []
     rest = [p for _, p in named if cfg.optimizer == "adamw" or p not in inside]
     groups = [

@@ -81,10 +81,17 @@ def parallelize(
 ) -> nn.Module:
     """Allocate a meta model on this process's device and join the ranks; its values are still undefined.
 
-    Sets model.compute_dtype. A single process without a process group has nothing to shard with, and does
-    not. mesh: of `make_mesh`, if it must be made elsewhere (a simulation).
+    Sets model.compute_dtype. A base with adapters, or a model without a trained parameter, is kept in that
+    dtype: it is only computed with, so nothing comes out differently, and it takes half of fp32's memory.
+    A single process without a process group has nothing to shard with, and does not. mesh: of `make_mesh`,
+    if it must be made elsewhere (a simulation).
     """
     model.compute_dtype = best_dtype(process.device) if cfg.dtype == "auto" else getattr(torch, cfg.dtype)
+    trains = any(p.requires_grad for p in model.parameters())
+    if getattr(model, "adapters", None) or not trains:
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(model.compute_dtype)
     for layer in model.layers:
         if cfg.activation_checkpointing:
             layer.forward = _checkpointed(layer.forward)
@@ -96,7 +103,7 @@ def parallelize(
         materialize(model, "cpu" if cfg.offload else process.device)
         return model
     materialize(model, process.device)
-    if process.world == 1:
+    if process.world == 1 or not trains:  # DDP would refuse a model without gradients
         return model
     wrapped = DistributedDataParallel(model, init_sync=False, gradient_as_bucket_view=True)
     wrapped.register_comm_hook(None, _sum_gradients)

@@ -2,7 +2,7 @@
 
     out/run/lock                 held while a process trains here
     out/run/latest, best         the last complete step; the one with the lowest validation loss
-    out/run/step_0002000/        a model folder with a card that says where the model comes from
+    out/run/step_0002000/        a model (or adapter) folder with a card that says where it comes from
         state/rank-00000.safetensors   rows of every parameter and optimizer moment, this rank's RNG
         state/manifest.json            step, data position, shapes, layout, SHA-256 of every file
 
@@ -36,6 +36,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,7 @@ from torch.distributed.tensor import DTensor
 from tyro.conf import Positional
 
 import common
-from checkpoint import gather, open_tensors, parameters, together, write_model
+from checkpoint import file_sha256, gather, open_tensors, parameters, together, write_model
 from model import FAMILIES, ModelConfig, num_params, own_rows, rows
 
 # --- 1. who writes which rows -------------------------------------------------------------------------------
@@ -79,10 +80,19 @@ def layout_of(model: nn.Module, process: common.Process) -> Layout:
     return Layout(1, process.world)
 
 
+def state_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Give the parameters that a saved state holds: all, or beside a base with adapters the trained ones.
+
+    Such a base (lora.py) never changes, and is read again from the folder that it came from.
+    """
+    adapted = getattr(getattr(model, "module", model), "adapters", None) is not None
+    return {name: p for name, p in parameters(model).items() if p.requires_grad or not adapted}
+
+
 def training_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
-    """Name every tensor that training changes: "parameter/NAME", and "exp_avg/NAME" of what AdamW keeps."""
+    """Name every tensor that a state holds: "parameter/NAME", and "exp_avg/NAME" of what AdamW keeps."""
     out = {}
-    for name, p in parameters(model).items():
+    for name, p in state_parameters(model).items():
         out[f"parameter/{name}"] = p.detach()
         for kind, value in optimizer.state.get(p, {}).items():
             assert value.shape in ((), p.shape), f"{kind} of {name} has neither its shape nor none"
@@ -94,12 +104,22 @@ def training_state(model: nn.Module, optimizer) -> dict[str, torch.Tensor]:
 
 
 def save_step(
-    run: Path, step: int, model, optimizer, extra: dict, process, tokenizer=None, dtype=None, card=None
+    run: Path,
+    step: int,
+    model,
+    optimizer,
+    extra: dict,
+    process,
+    tokenizer=None,
+    dtype=None,
+    card=None,
+    writer: Callable = write_model,
 ) -> Path:
     """Write step_N (a model folder, its card, the training state) so that it appears whole or not at all.
 
     Every rank calls this. `extra` is JSON that load_step returns unchanged; extra["evaluation"] may hold
     {"val_loss": 2.31, ...}, by which `best_step` chooses. dtype: of the model folder. card: see write_cards.
+    writer: lora.write_adapter where adapters are trained; then step_N is an adapter folder.
     ValueError on all ranks if one of them could not write (a full disk): the earlier steps are untouched.
     """
     folder = run / f"step_{step:07d}"
@@ -131,7 +151,7 @@ def save_step(
         return {rank_file(process.rank): digest(tmp / rank_file(process.rank))}
 
     def write_folder():
-        names = write_model(model, tmp, tokenizer, dtype)  # first, because all ranks meet in it
+        names = writer(model, tmp, tokenizer, dtype)  # first, because all ranks meet in it
         if process.first and card is not None:
             names += write_cards(tmp, card)
         return {name: digest(tmp / name) for name in names}
@@ -171,11 +191,7 @@ def rank_file(rank: int) -> str:
 
 def digest(path: Path) -> dict:
     """Size and SHA-256 of a file: {"bytes": 1234, "sha256": "9f86…"}."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            sha.update(block)
-    return {"bytes": path.stat().st_size, "sha256": sha.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
 
 
 def fingerprint(value) -> str:
@@ -190,14 +206,16 @@ def disk_need(
     save_dtype: torch.dtype,
     optimizer_bytes: float = 8,
     keep_best: bool = False,
+    adapters: bool = False,
 ) -> int:
     """Bytes that a run takes on disk: `keep` steps, the one being written, and the best one if it is kept.
 
     A step has 4 bytes a parameter, `optimizer_bytes` (8: AdamW) for each of the `trained` ones, and the model
-    folder in save_dtype. Tokenizer, manifest and log, some MB in all, are not counted.
+    folder in save_dtype. With adapters it has only the trained ones, in fp32 (see lora.py). Tokenizer,
+    manifest and log, some MB in all, are not counted.
     """
-    n = num_params(config)
-    step = 4 * n + optimizer_bytes * trained + save_dtype.itemsize * n
+    n = trained if adapters else num_params(config)
+    step = 4 * n + optimizer_bytes * trained + (4 if adapters else save_dtype.itemsize) * n
     return round((keep + 1 + keep_best) * step)
 
 
@@ -251,16 +269,18 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def damage(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+def damage(folder: Path, part: int = 0, parts: int = 1, tensors: bool = True) -> str | None:
     """Say what is wrong with a saved step, by its manifest's sizes and digests; None if it is whole.
 
     Only every `parts`-th file is looked at, from file `part` on: W ranks check a step in a W-th of the time.
+    tensors False: only the small files are looked at (config, tokenizer), in no time.
     """
     try:
         files = read_manifest(folder)["files"]
     except ValueError as error:
         return str(error)
-    for name in sorted(files)[part::parts]:
+    names = [name for name in sorted(files) if tensors or not name.endswith(".safetensors")]
+    for name in names[part::parts]:
         path, expected = folder / name, files[name]
         try:
             size = path.stat().st_size
@@ -294,6 +314,12 @@ def newest_step(run: Path, process) -> Path:
 def best_step(run: Path, metric: str = "val_loss") -> Path | None:
     """Find the saved step with the lowest finite extra["evaluation"][metric]; None if no step has one."""
     return _best(saved_steps(run), metric)
+
+
+def lowest_loss(run: Path, metric: str = "val_loss") -> float:
+    """Give the best step's extra["evaluation"][metric]; infinity if no step has one."""
+    best = best_step(run, metric)
+    return read_manifest(best)["extra"]["evaluation"][metric] if best else math.inf
 
 
 def _best(steps: list[Path], metric: str = "val_loss") -> Path | None:
@@ -362,7 +388,7 @@ def load_step(folder: Path, model, optimizer, process) -> dict:
 
 @torch.no_grad()
 def _load(folder: Path, manifest: dict, model, optimizer, process) -> None:
-    target, shapes = parameters(model), manifest["shapes"]
+    target, shapes = state_parameters(model), manifest["shapes"]
     settings = {p: group for group in optimizer.param_groups for p in group["params"]}
     saved = {n.removeprefix("parameter/"): s for n, s in shapes.items() if n.startswith("parameter/")}
     here = {name: list(p.shape) for name, p in target.items()}
@@ -514,8 +540,9 @@ def write_cards(folder: Path, card: dict) -> list[str]:
     """Write run_card.json (`card` as it is) and a model card, README.md, into a folder; return their names.
 
     All figures come from the card; what it lacks is left out. Keys: name, stage, init, model (ModelConfig as
-    a dict), parameters, tokens, steps, data {name: fingerprint}, tokenizer (its digest), optimizer, schedule
-    (text, or a dict of settings), tokens_per_second, mfu, hfu (shares of 1), devices, code (code_version()),
+    a dict), parameters, tokens or pairs, steps, data {name: fingerprint}, tokenizer (its digest), optimizer,
+    schedule (text, or a dict of settings), tokens_per_second or pairs_per_second, mfu, hfu (shares of 1),
+    devices, code (code_version()),
     evaluation {metric: value}, alignment (what was done for it, if anything).
     """
     common.write_json(folder / "run_card.json", card)
@@ -542,6 +569,7 @@ def write_cards(folder: Path, card: dict) -> list[str]:
         "Training": {
             "Started from": card.get("init"),
             "Trained tokens": card.get("tokens"),
+            "Trained pairs": card.get("pairs"),
             "Optimizer steps": card.get("steps"),
             "Tokens per parameter": each,
             "Data": "; ".join(data),
@@ -552,6 +580,7 @@ def write_cards(folder: Path, card: dict) -> list[str]:
         },
         "Speed": {
             "Tokens per second": card.get("tokens_per_second"),
+            "Pairs per second": card.get("pairs_per_second"),
             "MFU (model FLOPs utilisation: what the mathematics needs)": share.get("mfu"),
             "HFU (hardware FLOPs utilisation: what is computed, some of it twice)": share.get("hfu"),
             "Devices": card.get("devices"),

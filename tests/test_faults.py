@@ -19,6 +19,7 @@ from conftest import packed_corpus
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
 import common
 import state
 
@@ -214,7 +215,7 @@ def make_fault(kind: str, rank: int, step: int) -> None:
         setattr(module, name, wrapper)
 
     if kind == "kill-in-save":  # its rows are written, the manifest is not
-        before(state, "write_model", lambda model, folder, *_: f"{step:07d}" in str(folder))
+        before(checkpoint, "write_model", lambda model, folder, *_: f"{step:07d}" in str(folder))
     elif kind == "kill-before-manifest":
         before(
             common, "write_json", lambda path, *_: path.name == "manifest.json" and f"{step:07d}" in str(path)

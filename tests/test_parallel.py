@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import checkpoint
 import common
 import generate
 import model as M
@@ -202,7 +203,7 @@ def digest(run: Path) -> str:
 
 STOPS = {  # where SIGTERM comes: the function that is about to be called, and its how-manieth call
     "in a step": (train, "next_token_loss", 9),  # 4 micro-batches a step: the third
-    "in saving": (state, "write_model", 1),  # step 3
+    "in saving": (checkpoint, "write_model", 1),  # step 3
     "in evaluating": (train, "validate", 1),  # after step 6, before it is saved
 }
 

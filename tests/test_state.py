@@ -676,10 +676,20 @@ def test_card_leaves_out_what_it_is_not_told(tmp_path):
     assert "needs): 0.0%\n" in text and "HFU" not in text
 
 
+def test_a_card_of_preferences_counts_pairs(tmp_path):
+    state.write_cards(tmp_path, {"pairs": 12345, "pairs_per_second": 67.8})
+    text = (tmp_path / "README.md").read_text()
+    assert "- Trained pairs: 12,345\n" in text and "- Pairs per second: 67.8\n" in text
+    assert "okens" not in text.partition("## Limits")[0]
+
+
 def test_cards_of_a_step_are_under_its_digests(tmp_path):
     folder = state.save_step(tmp_path, 3, *trained(steps=1), {}, ONE, card=CARD)
     assert {"README.md", "run_card.json"} <= set(state.read_manifest(folder)["files"])
     assert state.damage(folder) is None
+    rows = folder / "state" / "rank-00000.safetensors"
+    rows.write_bytes(rows.read_bytes()[:-1])
+    assert "rank-00000" in state.damage(folder) and state.damage(folder, tensors=False) is None
     (folder / "README.md").write_text("another")
     assert "README.md: 7 bytes instead of" in state.damage(folder)
 
