@@ -439,7 +439,7 @@ def plot_metrics(path: str | Path, curves: dict[str, str]) -> str | None:
         if points:
             axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 30 else None, ms=3)
     axes.set_xlabel("step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("loss per pair" if any("pairs_per_second" in row for row in rows) else "nats per token")
     axes.grid(alpha=0.3)
     axes.legend()
     buffer = io.BytesIO()

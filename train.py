@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,7 @@ import torch.nn as nn
 
 import checkpoint
 import common
+import lora
 import plan as planning
 import state
 from data import (
@@ -84,6 +85,11 @@ class FitConfig(OptimConfig, ParallelConfig):
     out: str  # folder of the run
     resume: bool = False  # go on from the newest whole step of --out, with the settings it was started with
     force: bool = False  # --resume although data, shape or batch have changed
+    init: str = ""  # a model folder or a run: take its weights and its shape, start afresh
+    epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
+    steps: int = 0  # optimizer steps
+    tokens: float = 0  # positions of rows to go through, for example 2e7; the log counts trained tokens
+    row_tokens: int = 0  # tokens of a training row; 0: the model's context
     dropout: float = 0.0  # after the embedding and on the residual branches
     seed: int = 1  # of weights, data order, dropout
     tokens_per_step: int = 16384  # tokens of one optimizer step, over all micro-batches and ranks
@@ -92,7 +98,7 @@ class FitConfig(OptimConfig, ParallelConfig):
     eval_every: int = 250  # steps between evaluations; 0: only at the end
     save_every: int = 250  # steps between saved steps; the last one is always saved
     keep: int = 2  # saved steps to keep
-    keep_best: bool = False  # keep the one of the lowest validation loss, too; the file `best` names it
+    keep_best: bool = False  # save and keep the step of the lowest validation loss, too: OUT/best
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the model folder; the training state is fp32
     log_every: int = 10  # steps between lines on the screen; metrics.jsonl has every step
     device: str = "auto"  # auto, cpu, cuda
@@ -119,17 +125,12 @@ class TrainConfig(FitConfig):
     data: str = ""  # packed folders, separated by commas; FOLDER:WEIGHT sets a folder's share of the tokens
     mixture: str = ""  # file of weights, {"zh": 0.7, "en": 0.3} by folder name, read again at each evaluation
     preset: str = "demo"  # a name of model.PRESETS, or a folder with a config.json
-    init: str = ""  # a model folder or a run: take its weights (and its shape), start afresh
     vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
     hidden_size: int = 0  # changes the preset; 0: as it is
     num_hidden_layers: int = 0  # changes the preset; 0: as it is
     train_only: str = ""  # these parameters alone: "embed_tokens,lm_head" after a vocabulary has grown
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator: keeps logits small (1e-4)
-    row_tokens: int = 0  # tokens of a training row; 0: the model's context
     buckets: str = ""  # several lengths of rows, "2048,4096,8192,16384": each step's rows have one of them
-    epochs: float = 1.0  # passes over the data, if neither --steps nor --tokens is given
-    steps: int = 0  # optimizer steps
-    tokens: float = 0  # positions of rows to go through, for example 2e7; the log counts trained tokens
     sample: str = ""  # prompt of the sample at each evaluation; needed if the tokenizer has no <s>
     plan: bool = False  # only print what the run would take: memory, communication, disk, days
     gpus: int = 0  # with --plan: on so many GPUs; 0: one for each process that was started
@@ -137,6 +138,8 @@ class TrainConfig(FitConfig):
     mfu: float = 0.4  # with --plan: the model FLOPs utilisation to reckon with
     simulate: bool = False  # with --plan: run the real step on tensors without memory, and count beside it
 
+
+Settings = TypeVar("Settings", bound=FitConfig)  # of any stage
 
 # --- 2. the loop -------------------------------------------------------------------------------------------
 
@@ -159,6 +162,7 @@ def fit(
     tokenizer: Tokenizer | None = None,
     flops: Callable[[dict], tuple[float, float]] | None = None,
     first_loss: float = 0.0,
+    unit: Literal["tokens", "pairs"] = "tokens",
 ) -> int:
     """Train a parallelized, initialised model for `steps` optimizer steps; return the process's exit code.
 
@@ -174,25 +178,29 @@ def fit(
     card        what state.write_cards should say of the model; this adds tokens, speed and results
     flops       micro-batch -> operations per trained token, the model's and the hardware's: for MFU and HFU
     first_loss  what the first step should show (ln V for fresh weights), 0 if unknown
+    unit        what `loss` counts, for the log
 
+    Where adapters are attached (lora.py) a saved step is an adapter folder, without the base in its state.
     A step whose loss or gradient is not finite changes no parameter, on any rank; it is logged as skipped.
     ValueError: cfg.max_skipped such steps in a row, a full disk, a changed identity on --resume.
     """
     run = Path(cfg.out)
     peak = Peak(cfg.peak_tflops, process, unwrap(model).compute_dtype)
+    writer = lora.write_adapter if lora.attached(unwrap(model)) else checkpoint.write_model
     optimizer = make_optimizer(model, cfg, dist.group.WORLD if process.world > 1 else None)
     params = [p for p in model.parameters() if p.requires_grad]
     torch.manual_seed(cfg.seed * 1000 + process.rank)  # for dropout: every rank draws its own
-    step = tokens = skipped = 0  # skipped: steps in a row that changed nothing
-    evaluated = True
+    step = done = skipped = 0  # tokens or pairs trained so far; steps in a row that changed nothing
+    evaluated, lowest = True, math.inf
     if cfg.resume and state.begun(run):
-        step, tokens, skipped, evaluated = _resume(
-            run, model, optimizer, batches, process, identity, cfg.force
-        )
+        extra = _resume(run, model, optimizer, batches, process, identity, cfg.force)
+        lowest = checkpoint.gather(state.lowest_loss(run))[0]  # the same on all ranks
+        step, done, skipped = (extra[name] for name in ("step", unit, "skipped"))
+        evaluated = extra["evaluation"] is not None
     if process.first and settings:
         common.write_json(run / "run.json", settings)
     evaluated = evaluated or step < steps  # a finished run may have been stopped in its last evaluation
-    log = RunLog(run, step, steps, cfg.log_every, process)
+    log = RunLog(run, step, steps, cfg.log_every, process, unit)
     stop = common.StopSignal(process)
     saved = step
 
@@ -208,12 +216,12 @@ def fit(
         return values
 
     def save(evaluation: dict | None, row: dict) -> None:
-        extra = {"step": step, "tokens": tokens, "skipped": skipped, "evaluation": evaluation}
+        extra = {"step": step, unit: done, "skipped": skipped, "evaluation": evaluation}
         extra |= {"batches": batches.state(), "identity": identity}
-        told = {**card, "steps": step, "tokens": tokens, **peak.card(row)} if card else None
+        told = {**card, "steps": step, unit: done, **peak.card(row)} if card else None
         told = {**told, "evaluation": evaluation} if told and evaluation else told
         dtype = getattr(torch, cfg.save_dtype)
-        state.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype, told)
+        state.save_step(run, step, model, optimizer, extra, process, tokenizer, dtype, told, writer)
         if process.first and not skipped:
             state.prune(run, cfg.keep, cfg.keep_best)
 
@@ -245,15 +253,15 @@ def fit(
         finite = math.isfinite(loss_sum) and math.isfinite(norm)
         if finite:
             optimizer.step()
-            tokens += int(sums["loss"][1])
+            done += int(sums["loss"][1])
         skipped = 0 if finite else skipped + 1
         optimizer.zero_grad()
         step += 1
 
         seconds = time.perf_counter() - clock
         row = {name: s / max(1.0, n) for name, (s, n) in sums.items() if name != "stop"}
-        row |= {"lr": lr, "grad_norm": norm, "tokens": tokens, "seconds": seconds}
-        row["tokens_per_second"] = speed = count / seconds
+        row |= {"lr": lr, "grad_norm": norm, unit: done, "seconds": seconds}
+        row[f"{unit}_per_second"] = speed = count / seconds
         if flops:
             used = flops(batch)  # all micro-batches of a step are alike
             row["mfu"], row["hfu"] = (speed * n / peak.flops for n in used)
@@ -284,10 +292,12 @@ def fit(
         if evaluate and not stopping and (step == steps or due):
             evaluation = look()
             stopping = evaluation is None
+        better = cfg.keep_best and evaluation is not None and evaluation.get("val_loss", math.inf) < lowest
+        regular = cfg.save_every and step % cfg.save_every == 0
         # what comes after a step that was not finite may be as bad: a good step is not replaced by it
-        if stopping or step == steps or (cfg.save_every and step % cfg.save_every == 0 and not skipped):
+        if stopping or step == steps or ((regular or better) and not skipped):
             save(evaluation, row)
-            saved = step
+            saved, lowest = step, evaluation["val_loss"] if better else lowest
             stopping = stopping or (step < steps and stop.agreed())  # asked while it was saved
         if stopping:
             log.say(f"asked to stop: step {step} is saved; --resume --out {run} goes on")
@@ -297,15 +307,15 @@ def fit(
         if evaluation is None:
             return stop.exit_code or 143
         save(evaluation, {})
-    log.say(f"finished: {step} steps, {common.human(tokens)} tokens in {run}")
+    log.say(f"finished: {step} steps, {common.human(done)} {unit} in {run}")
     return 0
 
 
-ORDER = {"data", "row_tokens", "seed", "mixture"}  # what the order of the data depends on
+ORDER = {"data", "row_tokens", "seed", "mixture", "packing"}  # what the order of the data depends on
 
 
-def _resume(run: Path, model, optimizer, batches, process, identity: dict, force: bool) -> tuple:
-    """Restore the newest whole step; ValueError if it was trained on something else, unless forced."""
+def _resume(run: Path, model, optimizer, batches, process, identity: dict, force: bool) -> dict:
+    """Restore the newest whole step, give its `extra`; ValueError if what it was trained on has changed."""
     folder = state.newest_step(run, process)
     extra = state.read_manifest(folder)["extra"]
     saved = extra["identity"]
@@ -323,7 +333,7 @@ def _resume(run: Path, model, optimizer, batches, process, identity: dict, force
         batches.load_state(extra["batches"])
     elif process.first:
         print("forced: the data begin anew")
-    return extra["step"], extra["tokens"], extra["skipped"], extra["evaluation"] is not None
+    return extra
 
 
 class Sums:
@@ -385,7 +395,8 @@ class Peak:
 
     def card(self, row: dict) -> dict:
         """Say for the run card how fast this step was, and on what."""
-        speed = {k: row[k] for k in ("tokens_per_second", "mfu", "hfu", "memory_bytes") if k in row}
+        keys = ("tokens_per_second", "pairs_per_second", "mfu", "hfu", "memory_bytes")
+        speed = {k: row[k] for k in keys if k in row}
         return {**speed, "devices": self.devices, "peak_flops": self.flops, "torch": torch.__version__}
 
 
@@ -406,8 +417,9 @@ def measured_flops(device: str, dtype: torch.dtype, size: int = 1536) -> float:
 class RunLog:
     """What a run tells: metrics.jsonl, lines on the screen, loss.png. Only rank 0 writes."""
 
-    def __init__(self, run: Path, step: int, steps: int, every: int, process: common.Process):
+    def __init__(self, run: Path, step: int, steps: int, every: int, process: common.Process, unit: str):
         self.path, self.steps, self.every, self.active = run / "metrics.jsonl", steps, every, process.first
+        self.unit = unit
         self.begin, self.first = time.perf_counter(), step
         if self.active:
             old = common.read_metrics(self.path) if self.path.exists() else []
@@ -430,11 +442,11 @@ class RunLog:
         self._add({"step": step, **row})
         if "skipped" not in row and (step % self.every == 0 or step in (1, self.steps)):
             left = (time.perf_counter() - self.begin) / (step - self.first) * (self.steps - step)
+            speed = f"{common.human(row[f'{self.unit}_per_second'])} {self.unit}/s"
             mfu = f" | mfu {row['mfu']:.0%}" if "mfu" in row else ""
             self.say(
                 f"step {step}/{self.steps} | loss {row['loss']:.4f} | lr {row['lr']:.2e} | grad "
-                f"{row['grad_norm']:.2f} | {common.human(row['tokens_per_second'])} tokens/s{mfu} | "
-                f"{common.duration(left)} left"
+                f"{row['grad_norm']:.2f} | {speed}{mfu} | {common.duration(left)} left"
             )
             if row.get("rank_seconds_max", 0) > 1.5 * row.get("rank_seconds_median", 0):
                 slow, usual = row["rank_seconds_max"], row["rank_seconds_median"]
@@ -452,7 +464,199 @@ class RunLog:
             self.say(problem)
 
 
-# --- 3. pretraining ----------------------------------------------------------------------------------------
+# --- 3. what every stage does around the loop --------------------------------------------------------------
+
+
+def begin(cfg: Settings) -> tuple[Settings, common.Process]:
+    """Meet the other ranks; give the settings in force (the saved ones, if a run goes on) and our place.
+
+    ValueError: --out holds another run; --resume, and there is none; --lora_… without --lora.
+    """
+    run = Path(cfg.out)
+    if cfg.resume:
+        cfg = saved_settings(cfg)
+    if isinstance(cfg, lora.LoraConfig):
+        cfg.check_used(typed_flags(cfg))
+    process = common.start_process(cfg.device, cfg.timeout)
+    if not cfg.resume and started_again(run):
+        cfg = saved_settings(cfg, {})  # its flags are in them, and --init names a step by now
+    elif not cfg.resume and run.exists() and any(p.name != "lock" for p in run.iterdir()):
+        raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
+    process.barrier()  # all have looked at the folder before one writes into it
+    return cfg, process
+
+
+def typed_flags(cfg: FitConfig) -> dict:
+    """Give the settings whose flags stand on the command line."""
+    flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
+    words = {flag.lstrip("-").replace("-", "_") for flag in flags}
+    words |= {word.removeprefix("no_") for word in words}
+    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
+
+
+def with_preset(cfg: Settings, presets: dict[str, dict]) -> Settings:
+    """Put the settings of --preset in force, but for those that were typed."""
+    typed, recipe = typed_flags(cfg), presets[cfg.preset] if cfg.preset else {}
+    return dataclasses.replace(cfg, **{name: v for name, v in recipe.items() if name not in typed})
+
+
+def saved_settings(cfg: Settings, typed: dict | None = None) -> Settings:
+    """Take the settings from run.json, but for `typed`; None: what is typed beside --resume."""
+    typed = typed_flags(cfg) if typed is None else typed
+    path = Path(cfg.out) / "run.json"
+    if not path.exists():
+        raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
+    known = {f.name for f in dataclasses.fields(cfg)}
+    saved = {k: v for k, v in common.read_json(path)["config"].items() if k in known}  # of another version
+    for either in (("steps", "tokens", "epochs"), ("row_tokens", "buckets")):
+        if typed.keys() & set(either):  # one replaces the others
+            saved |= {name: getattr(type(cfg), name) for name in either if name in known}
+    saved["force"] = False  # for one time only
+    return type(cfg)(**{**saved, **typed, "out": cfg.out, "resume": True})
+
+
+def started_again(run: Path) -> bool:
+    """Tell whether torchrun has lost a rank of this very run and started all of them anew.
+
+    Then run.json names a launcher that is the parent of some rank; all ranks agree on the answer.
+    """
+    path = run / "run.json"
+    ours = common.launcher() and path.exists() and common.read_json(path).get("launcher") == common.launcher()
+    return any(checkpoint.gather(bool(ours)))
+
+
+@dataclass
+class Plan:
+    """What follows from the settings: how a step is cut, and how many steps there are.
+
+    Where rows have several lengths, these are the longest rows; shorter ones make the same tokens.
+    """
+
+    row_tokens: int
+    rows_per_step: int
+    micro_rows: int
+    steps: int
+
+    @property
+    def tokens(self) -> int:
+        """Positions of all rows of all steps."""
+        return self.steps * self.rows_per_step * self.row_tokens
+
+
+def plan(cfg: FitConfig, row: int, epoch: float, world: int) -> Plan:
+    """Derive rows, micro-batches and steps; ValueError where the settings cannot be met.
+
+    row: tokens of a row; epoch: tokens of the rows that one pass over the data fills.
+    """
+    micro, micros = planning.cut_step(cfg.tokens_per_step, row, world, cfg.micro_tokens)
+    rows = micro * micros * world
+    return Plan(row, rows, micro, count_steps(cfg, (cfg.tokens or cfg.epochs * epoch) / (rows * row)))
+
+
+def count_steps(cfg: FitConfig, wanted: float) -> int:
+    """Give --steps, or else the number that --tokens or --epochs make, rounded, at least one."""
+    if cfg.steps and cfg.tokens:
+        raise ValueError("--steps and --tokens exclude each other")
+    if min(cfg.steps, cfg.tokens, cfg.epochs, cfg.row_tokens) < 0:
+        raise ValueError("--steps, --tokens, --epochs and --row_tokens must not be negative")
+    return cfg.steps or max(1, round(wanted))
+
+
+def open_run(
+    cfg: FitConfig, process: common.Process, model: Model, p: Plan, about: list[str], **card
+) -> tuple[dict, dict]:
+    """Take the run's folder and say what is about to happen; give `fit` what it calls settings and card.
+
+    Every rank calls this when all settings are known to be sound, and before anything is allocated.
+
+    model   on the meta device, with what is frozen and the adapters that it will have
+    about   lines to print about the stage's data
+    card    what the run's card says of this stage: stage, data {name: fingerprint}, tokenizer (digest), …
+    """
+    run = Path(cfg.out)
+    if cfg.resume and process.first:
+        before = common.read_json(run / "run.json")["plan"]["steps"]
+        if before != p.steps:
+            print(f"{p.steps} steps instead of {before}: the learning rate follows the new end")
+    state.lock(run, process)  # from here on the settings are sound, and the folder is ours
+    if process.first:
+        describe(model, cfg, p, about, process)
+    shape = dataclasses.asdict(model.config)
+    settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
+    settings |= {"config": dataclasses.asdict(cfg), "model": shape, "launcher": common.launcher()}
+    card = {"name": run.name, "init": cfg.init, "model": shape, "parameters": num_params(model.config)} | card
+    card |= {"optimizer": cfg.optimizer, "code": state.code_version() if process.first else ""}
+    card["schedule"] = {name: getattr(cfg, name) for name in ("schedule", "lr", "final_lr", "warmup")}
+    return settings, card
+
+
+def adapter_identity(cfg: FitConfig, process: common.Process) -> dict:
+    """Say what a resumed LoRA run must find unchanged besides: the adapters' settings, and the frozen base.
+
+    The first rank reads the base, whose digest all get; it is read from --init again when the run goes on.
+    """
+    digest = lambda: checkpoint.folder_digest(cfg.init) if process.first else ""
+    settings = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(lora.LoraConfig)}
+    return {"lora": settings, "base": checkpoint.together(digest)[0]}
+
+
+def describe(model: Model, cfg: FitConfig, p: Plan, about: list[str], process: common.Process) -> None:
+    """Print what is about to happen, before anything does."""
+    config = model.config
+    n = num_params(config)
+    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
+    job = planning.Job(
+        config=config, parallel=cfg, world=process.world, micro_rows=p.micro_rows, row_tokens=p.row_tokens,
+        optimizer=cfg.optimizer,
+    )  # fmt: skip
+    shares, adapters = planning.shares(job), lora.attached(model)
+    updated = trained / n * (shares.gradients + shares.optimizer)
+    held = shares.parameters
+    if adapters:  # beside a base in the dtype that it computes in
+        held *= job.item / 4 + trained / n
+    memory = (held + updated) / 1e9
+    moments = shares.optimizer / max(1, shares.parameters) * 4  # bytes a parameter
+    dtype = getattr(torch, cfg.save_dtype)
+    disk = state.disk_need(config, trained, cfg.keep, dtype, moments, cfg.keep_best, adapters)
+    print(
+        f"model: {config.family}, {config.num_hidden_layers} layers x {config.hidden_size}, {n:,} parameters"
+    )
+    for line in about:
+        print(line)
+    if adapters:
+        print(f"adapters: {trained:,} parameters beside them are trained")
+    elif trained < n:
+        print(f"only {trained:,} of them are trained: fewer FLOPs than those stated")
+    print(
+        f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations (see --plan)"
+    )
+    print(f"disk: {disk / 1e9:.2f} GB for the saved steps that are kept and the one being written", end="; ")
+    free = shutil.disk_usage(cfg.out).free
+    print(
+        f"{free / 1e9:.1f} GB are free" if free > disk else f"ONLY {free / 1e9:.1f} GB ARE FREE: lower --keep"
+    )
+
+
+def ready_model(model: Model, cfg: FitConfig, process: common.Process, known_vocab: int) -> nn.Module:
+    """Spread a meta model over the ranks and give it the weights of --init, or fresh ones.
+
+    The weights of a run that goes on are restored by `fit`; of a LoRA run that is the adapters alone, so the
+    base is read again. known_vocab: tokens that have a text, so that sampling never picks another.
+    """
+    model = parallelize(model, process, cfg)
+    bare = unwrap(model)
+    bare.known_vocab = known_vocab
+    begun, adapters = state.begun(Path(cfg.out)), lora.attached(bare)
+    if cfg.init and (adapters or not begun):
+        lora.load_into(model, cfg.init)
+    elif not begun:
+        init_weights(bare, cfg.seed)
+    if adapters and not begun:
+        lora.init_adapter(model, cfg.seed)
+    return model
+
+
+# --- 4. pretraining ----------------------------------------------------------------------------------------
 
 
 def next_token_loss(
@@ -463,11 +667,11 @@ def next_token_loss(
     z_loss: add so much of log²Z, Z the softmax's denominator, which holds Z near 1; the loss with it is what
     falls, the log's "nll" is without. (Chowdhery et al. 2022, PaLM, section 5.)
     """
-    ids, targets = batch["ids"], batch["targets"]
+    ids, targets, doc_ids = batch["ids"], batch["targets"], batch.get("doc_ids")
     count, logs = (targets != IGNORE).sum(), {"row_tokens": (ids.shape[1], 1)}
     if not z_loss:
-        return model(ids, targets, doc_ids=batch["doc_ids"]).sum(), count, logs
-    nll, lse = model(ids, targets, doc_ids=batch["doc_ids"], lse=True)
+        return model(ids, targets, doc_ids=doc_ids).sum(), count, logs
+    nll, lse = model(ids, targets, doc_ids=doc_ids, lse=True)
     return nll.sum() + z_loss * lse.square().sum(), count, {**logs, "nll": (nll.sum(), count)}
 
 
@@ -478,13 +682,12 @@ def validate(
     width: int,
     rows: int,
     process: common.Process,
-    bos: bool,
     poll: Callable[[], None] = lambda: None,
-) -> dict:
-    """Measure the loss and the bits per byte of the whole validation part, and the loss of each source.
+) -> tuple[dict, float]:
+    """Measure the mean loss of all validation tokens, and that of each source if there are several.
 
-    width: tokens of a row; rows: of a batch; bos: documents start with a <s>, so every token is predicted;
-    poll: called before every batch. All ranks share the rows.
+    shards: packed folders or conversations (data.ChatRows); width: tokens of a row; rows: of a batch; poll:
+    called before every batch. All ranks share the rows. Returns what to log, and the sum of all nll in nats.
     """
     total = Sums(process)
     for name, source in shards.sources.items():
@@ -498,10 +701,7 @@ def validate(
     sums, _ = total.over_ranks()
     each = {f"val_loss/{name}": s / n for name, (s, n) in sums.items() if n and len(sums) > 1}
     nats, count = (sum(column) for column in zip(*sums.values(), strict=True))
-    loss = nats / count
-    if not bos:  # nothing predicts a document's first token, so a decoder would need all its ln V nats
-        nats += len(shards) * math.log(unwrap(model).config.vocab_size)
-    return {"val_loss": loss, "val_bits_per_byte": nats / math.log(2) / shards.bytes, **each}
+    return {"val_loss": nats / count, **each}, nats
 
 
 class Evaluation:
@@ -524,10 +724,14 @@ class Evaluation:
 
     def __call__(self, model: nn.Module, poll: Callable[[], None]) -> dict:
         """Evaluate and write a sample, on all ranks; without validation documents no validation loss."""
-        out = self.stream.epochs()
+        out = {}
         if len(self.shards):
-            bos = self.tokenizer.add_bos
-            out = validate(model, self.shards, self.width, self.rows, self.process, bos, poll) | out
+            out, nats = validate(model, self.shards, self.width, self.rows, self.process, poll)
+            if not self.tokenizer.add_bos:
+                # nothing predicts a document's first token, so a decoder would need all its ln V nats
+                nats += len(self.shards) * math.log(unwrap(model).config.vocab_size)
+            out["val_bits_per_byte"] = nats / math.log(2) / self.shards.bytes
+        out |= self.stream.epochs()
         if self.prompt:  # every rank writes the same one: a sharded model needs all of them
             sampling = Sampling(max_new_tokens=64, temperature=0.8, top_k=40)
             with torch.compiler.set_stance("force_eager"):  # each length of the cache would compile anew
@@ -667,86 +871,38 @@ def row_lengths(cfg: TrainConfig, config: ModelConfig) -> list[int]:
     return lengths
 
 
-@dataclass
-class Plan:
-    """What follows from the settings: how a step is cut, and how many steps there are.
-
-    Where rows have several lengths, these are the longest rows; shorter ones make the same tokens.
-    """
-
-    row_tokens: int
-    rows_per_step: int
-    micro_rows: int
-    steps: int
-
-
-def plan(cfg: TrainConfig, config: ModelConfig, shards: Shards, world: int) -> Plan:
-    """Derive rows, micro-batches and steps; ValueError where the settings cannot be met."""
-    row = row_lengths(cfg, config)[-1]
-    micro, micros = planning.cut_step(cfg.tokens_per_step, row, world, cfg.micro_tokens)
-    rows = micro * micros * world
-    if cfg.steps and cfg.tokens:
-        raise ValueError("--steps and --tokens exclude each other")
-    if min(cfg.steps, cfg.tokens, cfg.epochs, cfg.row_tokens) < 0:
-        raise ValueError("--steps, --tokens, --epochs and --row_tokens must not be negative")
-    wanted = cfg.tokens or cfg.epochs * shards.tokens
-    return Plan(row, rows, micro, cfg.steps or max(1, round(wanted / (rows * row))))
-
-
-def describe(
-    model: Model,
+def outline(
     cfg: TrainConfig,
+    config: ModelConfig,
     p: Plan,
     lengths: list[int],
     shards: Shards,
-    process: common.Process,
-    weights: dict | None = None,
-) -> None:
-    """Print what is about to happen, before anything does."""
-    config, run = model.config, Path(cfg.out)
-    n, tokens = num_params(config), p.steps * p.rows_per_step * p.row_tokens
-    trained = sum(w.numel() for w in model.parameters() if w.requires_grad)
-    job = planning.Job(
-        config=config, parallel=cfg, world=process.world, micro_rows=p.micro_rows, row_tokens=p.row_tokens,
-        optimizer=cfg.optimizer,
-    )  # fmt: skip
-    shares = planning.shares(job)
-    share = trained / n
-    memory = (shares.parameters + share * (shares.gradients + shares.optimizer)) / 1e9
-    moments = shares.optimizer / max(1, shares.parameters) * 4  # bytes a parameter
-    dtype = getattr(torch, cfg.save_dtype)
-    disk = state.disk_need(config, trained, cfg.keep, dtype, moments, cfg.keep_best)
-    flops = flops_per_token(config, p.row_tokens)
-    accumulation = p.rows_per_step // (p.micro_rows * process.world)
-    print(
-        f"model: {config.family}, {config.num_hidden_layers} layers x {config.hidden_size}, {n:,} parameters"
-    )
+    world: int,
+    weights: dict | None,
+) -> list[str]:
+    """Say in lines what is trained on, in how many steps, and at what expense."""
+    n, flops = num_params(config), flops_per_token(config, p.row_tokens)
+    accumulation = p.rows_per_step // (p.micro_rows * world)
     each = shards.bytes / max(1, shards.tokens)
-    print(f"data: {len(shards):,} documents, {shards.tokens:,} tokens, {each:.2f} bytes per token")
     cut = f"{p.steps:,} steps x {p.rows_per_step} rows x {p.row_tokens} tokens"
-    amount = (
-        f"{common.human(tokens)} tokens, {tokens / n:.1f} per parameter, {tokens / shards.tokens:.2f} epochs"
-    )
-    print(f"training: {cut} = {amount}")
+    amount = f"{common.human(p.tokens)} tokens, {p.tokens / n:.1f} per parameter"
+    lines = [
+        f"data: {len(shards):,} documents, {shards.tokens:,} tokens, {each:.2f} bytes per token",
+        f"training: {cut} = {amount}, {p.tokens / shards.tokens:.2f} epochs",
+    ]
     if weights:
-        passes = {name: w * tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
-        print(f"mixture: {', '.join(f'{n} {w:.1%} ({passes[n]:.2f} epochs)' for n, w in weights.items())}")
-    print(
-        f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations (see --plan)"
-    )
-    print(f"disk: {disk / 1e9:.2f} GB for the saved steps that are kept and the one being written", end="; ")
-    free = shutil.disk_usage(run).free
-    print(
-        f"{free / 1e9:.1f} GB are free" if free > disk else f"ONLY {free / 1e9:.1f} GB ARE FREE: lower --keep"
-    )
-    if trained < n:
-        print(f"only {trained:,} parameters are trained: fewer FLOPs than those stated")
+        passes = {name: w * p.tokens / max(1, shards.sources[name].tokens) for name, w in weights.items()}
+        said = (f"{name} {w:.1%} ({passes[name]:.2f} epochs)" for name, w in weights.items())
+        lines.append(f"mixture: {', '.join(said)}")
     cuts = (f"{p.micro_rows * p.row_tokens // n} rows{f' x {n}' if lengths[1:] else ''}" for n in lengths)
-    print(f"a step: {process.world} ranks x {accumulation} micro-batches x {' or '.join(cuts)}")
-    matrices = flops_per_token(config, 0) / 6
-    print(f"FLOPs: 6 x {common.human(matrices)} parameters in products + 6 x layers x width x row", end=" ")
+    lines.append(f"a step: {world} ranks x {accumulation} micro-batches x {' or '.join(cuts)}")
+    matrices = common.human(flops_per_token(config, 0) / 6)
     most = "at most " if lengths[1:] else ""  # in the longest rows
-    print(f"= {most}{common.human(flops)} per token, {flops * tokens:.3g} in all")
+    return [
+        *lines,
+        f"FLOPs: 6 x {matrices} parameters in products + 6 x layers x width x row = {most}"
+        f"{common.human(flops)} per token, {flops * p.tokens:.3g} in all",
+    ]
 
 
 def operations(config: ModelConfig, recompute: bool) -> Callable[[dict], tuple[float, float]]:
@@ -778,79 +934,40 @@ def show_plan(cfg: TrainConfig) -> None:
     planning.main(planning.PlanConfig(**wanted), config)
 
 
-def started_again(run: Path) -> bool:
-    """Tell whether torchrun has lost a rank of this very run and started all of them anew.
-
-    Then run.json names a launcher that is the parent of some rank; all ranks agree on the answer.
-    """
-    path = run / "run.json"
-    ours = common.launcher() and path.exists() and common.read_json(path).get("launcher") == common.launcher()
-    return any(checkpoint.gather(bool(ours)))
-
-
 def main(cfg: TrainConfig) -> None:
     """Pretrain a model on packed text."""
     if cfg.plan:
         show_plan(cfg)
         return
-    run = Path(cfg.out)
-    if cfg.resume:
-        cfg = saved_settings(cfg)
-    if not cfg.data:
-        raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
-    process = common.start_process(cfg.device, cfg.timeout)
-    if not cfg.resume and started_again(run):
-        cfg = saved_settings(cfg)
-    elif not cfg.resume and run.exists() and any(p.name != "lock" for p in run.iterdir()):
-        raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
-    process.barrier()  # all have looked at the folder before one writes into it
-    code = pretrain(cfg, process)
-    common.finish_process(code)
+    cfg, process = begin(cfg)
+    common.finish_process(pretrain(cfg, process))
 
 
 def pretrain(cfg: TrainConfig, process: common.Process) -> int:
     """Do what the settings say with the ranks that have met; return the exit code."""
-    run = Path(cfg.out)
+    if not cfg.data:
+        raise ValueError("--data is missing: folders written by data.py pack, separated by commas")
     folders, typed = split_weights(cfg.data)
     tokenizer = load_tokenizer(folders[0])
     config = model_config(cfg, tokenizer)
-    shards = Shards(folders, "train")
-    p, lengths = plan(cfg, config, shards, process.world), row_lengths(cfg, config)
+    shards, lengths = Shards(folders, "train"), row_lengths(cfg, config)
+    p = plan(cfg, lengths[-1], shards.tokens, process.world)
     weights = starting_weights(cfg, shards, typed)
     if weights:
         stream = Mixture(shards, lengths, cfg.seed, weights)
     else:
         stream = RowStream(shards, lengths, cfg.seed)
     evaluate = Evaluation(Shards(folders, "val"), tokenizer, cfg, stream, process)
-    if cfg.resume and process.first:
-        before = common.read_json(run / "run.json")["plan"]["steps"]
-        if before != p.steps:
-            print(f"{p.steps} steps instead of {before}: the learning rate follows the new end")
     model = build(config, device="meta")
     freeze(model, cfg.train_only)
-    state.lock(run, process)  # from here on the settings are sound, and the folder is ours
-    if process.first:
-        describe(model, cfg, p, lengths, shards, process, None if cfg.resume else weights)
-    settings = {"command": sys.argv, "plan": dataclasses.asdict(p), "ranks": process.world}
-    settings |= {"config": dataclasses.asdict(cfg), "model": dataclasses.asdict(config)}
-    settings["launcher"] = common.launcher()
+    about = outline(cfg, config, p, lengths, shards, process.world, None if cfg.resume else weights)
+    data = {cfg.data: shards.fingerprint}
+    told = {"stage": "pretraining", "data": data, "tokenizer": tokenizer.digest}
+    settings, card = open_run(cfg, process, model, p, about, **told)
 
-    card = {"name": run.name, "stage": "pretraining", "init": cfg.init, "model": settings["model"]}
-    card |= {"parameters": num_params(config), "data": {cfg.data: shards.fingerprint}}
-    card |= {"tokenizer": tokenizer.digest, "optimizer": cfg.optimizer}
-    card["code"] = state.code_version() if process.first else ""
-    card["schedule"] = {name: getattr(cfg, name) for name in ("schedule", "lr", "final_lr", "warmup")}
-
-    model = parallelize(model, process, cfg)
-    unwrap(model).known_vocab = tokenizer.vocab_size
-    begun = state.begun(run)
-    if not begun:  # else `fit` restores them
-        if cfg.init:
-            checkpoint.load_into(model, cfg.init)
-        else:
-            init_weights(unwrap(model), cfg.seed)
+    model = ready_model(model, cfg, process, tokenizer.vocab_size)
     refresh = (lambda: reread(cfg.mixture, stream, process)) if cfg.mixture else None
-    if refresh and not begun:
+    if refresh and not state.begun(Path(cfg.out)):
         refresh()  # every rank has read the file by itself; now all take what rank 0 read
     batches = Batches(stream, p.rows_per_step, p.micro_rows, process.rank, process.world)
     code = fit(
@@ -883,24 +1000,6 @@ def pretrain(cfg: TrainConfig, process: common.Process) -> int:
     if process.first and left:
         print(f"rows that wait, each length for a whole step, and were not trained: {left}")
     return code
-
-
-def saved_settings(cfg: TrainConfig) -> TrainConfig:
-    """Take the settings from run.json; a flag typed beside --resume wins."""
-    path = Path(cfg.out) / "run.json"
-    if not path.exists():
-        raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
-    known = {f.name for f in dataclasses.fields(cfg)}
-    saved = {k: v for k, v in common.read_json(path)["config"].items() if k in known}  # of another version
-    flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
-    words = {flag.lstrip("-").replace("-", "_").removeprefix("no_") for flag in flags}
-    typed = {name: getattr(cfg, name) for name in known & words}
-    length = {"steps": 0, "tokens": 0, "epochs": TrainConfig.epochs}
-    for either in (length, {"row_tokens": 0, "buckets": ""}):
-        if typed.keys() & either.keys():  # one replaces the others
-            saved |= either
-    saved["force"] = False  # for one time only
-    return TrainConfig(**{**saved, **typed, "out": cfg.out, "resume": True})
 
 
 if __name__ == "__main__":

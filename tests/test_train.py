@@ -511,6 +511,17 @@ def test_a_full_disk_stops_the_run_and_leaves_the_earlier_steps_whole(shards, tm
     assert state.damage(out / "step_0000003") is None and not list(out.glob("*.tmp"))
 
 
+def test_the_axis_of_the_plot_says_what_a_loss_is_the_mean_of(tmp_path):
+    drawn = {}
+    for unit in ("tokens", "pairs", "tokens again"):
+        (tmp_path / unit).mkdir()
+        row = {"step": 1, "loss": 0.5, f"{unit.split()[0]}_per_second": 9.0}
+        (tmp_path / unit / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        assert common.plot_metrics(tmp_path / unit / "metrics.jsonl", {"loss": "training"}) is None
+        drawn[unit] = (tmp_path / unit / "loss.png").read_bytes()
+    assert drawn["tokens"] == drawn["tokens again"] != drawn["pairs"]
+
+
 @pytest.mark.parametrize("field", ["lr", "clip", "log_every", "keep", "dropout", "tokens_per_step"])
 def test_a_value_out_of_range_is_refused(field):
     with pytest.raises(ValueError, match=f"--{field} -1 must"):
@@ -531,8 +542,7 @@ def test_only_a_language_model_can_be_pretrained(shards, tmp_path):
 
 def test_plan_shares_rows_over_ranks_and_micro_batches(shards):
     cfg = train.TrainConfig("x", tokens_per_step=64 * 48, micro_tokens=64 * 10, row_tokens=64, steps=5)
-    config = M.PRESETS["tiny"]
-    p = train.plan(cfg, config, data.Shards([shards], "train"), world=2)
+    p = train.plan(cfg, 64, data.Shards([shards], "train").tokens, world=2)
     assert (p.rows_per_step, p.micro_rows) == (48, 8)  # 24 rows a rank: 8 is its largest divisor up to 10
 
 
