@@ -1,23 +1,26 @@
 """Speed and quality in figures: ours beside a peer, alternating in one run, medians and ratios.
 
-A machine that others share is fast one minute and slow the next. So in `train`, `decode` and the encoding of
-`data` both sides take turns within one process, each figure and each ratio is a median over the rounds, and
-the ceilings of the first two (a large matrix product, a large copy) are measured in the same run. The others
-run one process after the other.
+A machine that others share is fast one minute and slow the next. So in `train`, `decode`, `tune` and the
+encoding of `data` both sides take turns within one process, each figure and each ratio is a median over the
+rounds, and the ceilings of the first two (a large matrix product, a large copy) are measured in the same run.
+The others run one process after the other.
 
     python bench.py train      # optimizer steps beside transformers: same shape, weights, tokens, AdamW
     python bench.py train --preset phi2-chinese-0.2b    # 193.65M parameters; needs 10 GB
     python bench.py decode     # greedy decoding, batch 1, beside transformers.generate
     python bench.py world out/run --demo out/demo       # the demonstration model: form, novelty, facts
+    python bench.py ngram out/demo                      # how many held-out questions a 5-gram model answers
     python bench.py bits out/run --shards out/shards    # bits per byte beside xz and a Kneser-Ney trigram
     python bench.py data out/demo/pretrain              # encoding beside `tokenizers`; packing and its memory
     python bench.py bpe out/demo/pretrain               # learning byte-level BPE beside `tokenizers`
     python bench.py clean corpus.jsonl                  # does a model learn more from the cleaned text?
     python bench.py dedup corpus.jsonl                  # a million documents: time, memory, near-copies found
     python bench.py optimizers corpus.jsonl             # AdamW beside Muon on equal tokens, three seeds each
+    python bench.py tune       # sft.py, --lora and dpo.py beside trl and peft: speed and memory of a step
     python bench.py plot out/run out/run2 --out plot.png    # loss, learning rate, speed of several runs
 
-`train`, `decode`, `data` and `bpe` need transformers and tokenizers (pip install -r requirements-dev.txt).
+`train`, `decode`, `data` and `bpe` need transformers and tokenizers (pip install -r requirements-dev.txt),
+`tune` trl, too (requirements-bench.txt).
 
 Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques" (interpolated form).
 """
@@ -25,6 +28,7 @@ Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniq
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import io
 import itertools
 import json
@@ -38,30 +42,36 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 
+import chat
 import common
 import demo_corpus
-from checkpoint import load_model, model_folder, save_model
+import lora
+from checkpoint import load_model, model_folder, read_config, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
-from data import IGNORE, Shards, drawn
-from generate import Sampling, fuse, generate, load
+from data import IGNORE, Batches, ChatRows, PairRows, RowStream, Shards, drawn
+from dpo import DPOConfig, compute_reference, frozen_model, live_reference, pair_loss
+from generate import Sampling, exact_matches, fuse, generate, load
 from model import PRESETS, Model, ModelConfig, build, flops_per_token, init_weights, num_params
-from optim import OptimConfig, make_optimizer
+from optim import OptimConfig, clip_and_scale, make_optimizer
 from parallel import ParallelConfig, parallelize
-from tokenizer import load_tokenizer, split_pattern, texts_up_to
-from train import measured_flops, next_token_loss
+from sft import SftConfig, tuning_loss
+from tokenizer import Tokenizer, load_tokenizer, split_pattern, texts_up_to
+from train import Plan, measured_flops, next_token_loss, ready_model
 
 # --- 1. speed beside transformers ---------------------------------------------------------------------------
 
@@ -353,19 +363,72 @@ def world(config: WorldBench) -> None:
     rows = common.raw_documents(Path(config.demo) / "facts.jsonl")
     facts = [common.parse_json_line(raw, f"facts.jsonl:{line}") for line, raw in rows]
     chosen = draw.sample(facts, min(config.facts, len(facts)))
-    prompts = [tokenizer.encode_prompt(draw.choice(f["cloze"])) for f in chosen]
     values = defaultdict(set)
     for fact in facts:
         values[fact["relation"]].add(fact["value"])
     right = 0
-    for i in range(0, len(chosen), 32):
-        longest = max(len(tokenizer.encode(f["value"])) for f in chosen[i : i + 32]) + 2
-        texts = [tokenizer.decode(t) for t in generate(model, prompts[i : i + 32], Sampling(longest, 0))]
-        for answer, fact in zip(texts, chosen[i : i + 32]):
-            # 二十三 begins with 二十 too: the longest known value at the beginning of the answer counts
-            said = [v for v in values[fact["relation"]] if answer.startswith(v)]
-            right += max(said, key=len, default="") == fact["value"]
+    for fact in chosen:
+        known_values = sorted(values[fact["relation"]])
+        right += complete(model, tokenizer, draw.choice(fact["cloze"]), known_values) == fact["value"]
     print(f"knowledge: {right} of {len(chosen)} facts completed ({right / len(chosen):.1%})")
+
+
+@torch.inference_mode()
+def complete(model: Model, tokenizer: Tokenizer, cloze: str, values: list[str]) -> str:
+    """Choose greedily, token by token, with which of the values a model goes on behind the cloze.
+
+    The tokens of cloze and value are those of the joint text: a piece may begin in one and end in the other
+    (今年七十), and a model has never seen the cloze cut off by itself.
+    """
+    rows = {value: tokenizer.encode_prompt(cloze + value) for value in values}
+    start = os.path.commonprefix(list(rows.values()))
+    while len(rows) > 1:
+        ends = [value for value, row in rows.items() if row == start]  # 二十 where 二十三 is possible too
+        following = sorted({row[len(start)] for row in rows.values() if row != start})
+        logits = model(torch.tensor([start]), last=True)[0]
+        if ends and int(logits.argmax()) not in following:
+            return ends[0]
+        start = start + [max(following, key=lambda i: float(logits[i]))]
+        rows = {value: row for value, row in rows.items() if row[: len(start)] == start}
+    return next(iter(rows))
+
+
+@dataclass
+class NgramBench:
+    demo: tyro.conf.Positional[str]  # what demo_corpus.py wrote
+    order: int = 5  # the next character follows the order − 1 before it
+
+
+def ngram(config: NgramBench) -> None:
+    """Answer the demonstration's held-out questions by a character n-gram model: what mere copying reaches.
+
+    It reads what our model reads, pretraining text and instruction rows, and writes the most frequent next
+    character behind the longest context that it has seen (greedy back-off).
+    """
+    followers: dict[str, Counter] = defaultdict(Counter)
+    dialogues = (r["messages"] for r in chat.read_rows([Path(config.demo) / "sft.jsonl"]))
+    read = ("".join(m["content"] + "\n" for m in messages) for messages in dialogues)
+    for text in itertools.chain(common.documents([f"{config.demo}/pretrain"]), read):
+        for size in range(config.order):
+            for i in range(size, len(text)):
+                followers[text[i - size : i]][text[i]] += 1
+
+    def reply(question: str) -> str:
+        text = question + "\n"
+        while len(text) < len(question) + 64:
+            context = next(
+                c for n in range(config.order - 1, -1, -1) if (c := text[len(text) - n :]) in followers
+            )
+            letter = followers[context].most_common(1)[0][0]
+            if letter == "\n":
+                break
+            text += letter
+        return text[len(question) + 1 :]
+
+    rows = chat.read_rows([Path(config.demo) / "heldout.jsonl"], "questions")
+    replies = [reply(row["messages"][0]["content"]) for row in rows]
+    for kind, (right, asked) in sorted(exact_matches(rows, replies).items()):
+        print(f"{kind} {right} of {asked} ({right / asked:.1%})")
 
 
 # --- 3. compression -----------------------------------------------------------------------------------------
@@ -965,5 +1028,293 @@ def optimizers(config: OptimizersBench) -> None:
         print(f", after {each} of its tokens" if shares else "")
 
 
+# --- 7. tuning beside trl -----------------------------------------------------------------------------------
+
+
+@dataclass
+class TuneBench:
+    task: Literal["all", "full", "lora", "dpo"] = "all"  # what sft.py, sft.py --lora and dpo.py do
+    # activations kept, or recomputed (trl's default, --activation_checkpointing here); DPO's reference live
+    how: Literal["all", "kept", "recomputed", "live"] = "all"
+    init: str = ""  # a model folder for both sides, instead of random weights of the next four
+    layers: int = 8  # of a LLaMA shape
+    width: int = 512  # of it, in heads of 64
+    vocab: int = 32768  # tokens of its vocabulary
+    length: int = 512  # tokens of a conversation: rows are full on both sides
+    rows: int = 8  # conversations of a step; with dpo half as many pairs
+    rounds: int = 5  # steps of each side
+    threads: int = 0  # that compute; 0: as many as PyTorch takes
+    memory: bool = True  # also measure each side's peak memory, in a process of its own
+    side: Literal["", "trl", "ours"] = ""  # measure this side's memory alone, and print it as JSON
+
+    def __post_init__(self):
+        if self.rows < 2 or self.rows % 2 or self.length < 8 or self.rounds < 1:
+            raise ValueError("--rows must be even, --length at least 8 and --rounds at least 1")
+        if self.side and (self.task == "all" or self.how == "all"):
+            raise ValueError("--side measures one --task and one --how")
+        if self.how == "live" and self.task != "dpo":
+            raise ValueError("--how live is a matter of --task dpo")
+
+
+RATE = 1e-5  # the learning rate of both sides; betas 0.9 and 0.95, no weight decay, clipping at 1
+END = "</s>"  # what a reply ends with; token 2
+
+
+def tune(config: TuneBench) -> None:
+    """Time whole steps of instruction tuning, LoRA and DPO beside trl's trainers; measure each side's memory.
+
+    Both sides train the same weights with the same AdamW on the same rows, in bf16 (fp32 masters under
+    autocast there; with LoRA a bf16 base and fp32 adapters), and take steps in turn: trl's trainer runs, and
+    after each of its steps we take one. Its clock stands still while it makes a batch, ours does not. No
+    figure is given unless tokens, targets, first loss and first gradient norm are the same: ValueError.
+
+    Memory: the peak of anonymous memory over three steps, in a process of its own; of it what the process had
+    before there was a model, and weights, gradients and moments, which are computed; the rest is compared.
+
+    The ratios are a CPU's: there trl's head makes tiles of 4,096 x 32,768 logits in fp32 and multiplies in
+    fp32 on the way back; on a GPU it has a Triton kernel. Rows are full, so packing would gain it nothing.
+    """
+    try:
+        trl = importlib.metadata.version("trl")
+    except importlib.metadata.PackageNotFoundError:
+        raise ValueError("trl is not installed (pip install -r requirements-bench.txt)") from None
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}  # trl would report its use; its bars
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    with tempfile.TemporaryDirectory() as name:
+        if not config.init:
+            shape = ("llama", config.vocab, config.width, config.layers, config.width // 64)
+            shape += (config.width * 11 // 4, config.length)
+            model = build(ModelConfig(*shape, tie_word_embeddings=True))
+            init_weights(model, 1)
+            save_model(model, Path(name) / "model")
+            del model
+        config = replace(config, init=str(model_folder(config.init or f"{name}/model")))
+        if config.side:
+            print(json.dumps(tuning_memory(config, name)))
+            return
+        shape = read_config(config.init)
+        size = f"{shape.num_hidden_layers} x {shape.hidden_size}, V {shape.vocab_size}"
+        print(f"tune: {size}, {config.rows} x {config.length} tokens a step, bf16", end=", ")
+        print(f"threads {torch.get_num_threads()}; trl {trl}")
+        for task in ("full", "lora", "dpo") if config.task == "all" else (config.task,):
+            hows = ("kept", "recomputed", "live")[: 3 if task == "dpo" else 2]
+            for how in hows if config.how == "all" else (config.how,):
+                compare_tuning(replace(config, task=task, how=how), name)
+
+
+def compare_tuning(config: TuneBench, scratch: str) -> None:
+    """Print speed and memory of both sides for one task."""
+    first, seconds = take_turns(config, scratch)
+    print(f"{config.task}, {config.how}:")
+    flags = [f"--{k}={v}" for k, v in vars(config).items() if k not in ("memory", "side")]
+    over = {}
+    for name, values in seconds.items():
+        s, shown = statistics.median(values), first[name]
+        print(f"  {name:4} loss {shown['loss']:.4f}, gradient {shown['grad_norm']:.4f}", end="; ")
+        print(f"{s * 1e3:.0f} ms a step, {config.rows * config.length / s:.0f} tokens/s", end=", ")
+        print(f"{ratio(seconds, name, 'trl'):.2f} x trl", flush=True)
+        if config.memory:
+            output = watch("bench.py", "tune", *flags, f"--side={name}").output
+            took = json.loads(output.strip().splitlines()[-1])
+            over[name] = took["peak"] - took["idle"] - took["held"]
+            gb = {k: f"{v / 1e9:.3f} GB" for k, v in took.items()}
+            print(f"       peak {gb['peak']} - idle {gb['idle']} - weights, gradients, moments", end=" ")
+            print(f"{gb['held']} = {over[name] / 1e9:.3f} GB: {over[name] / over['trl']:.2f} x trl")
+
+
+def take_turns(config: TuneBench, scratch: str) -> tuple[dict[str, dict], dict[str, list[float]]]:
+    """Give for "trl" and "ours" what the first step showed, and each step's seconds without two to warm up.
+
+    ValueError: they do not compute the same.
+    """
+    ours, turns = OurTuning(config, scratch), []
+    after = lambda seconds: turns.append((seconds, ours.step()))
+    trainer = their_trainer(config, scratch, config.rounds + 2, after)
+    mine = dict(ours.model.named_parameters())
+    for name, p in trainer.model.named_parameters():
+        if ".lora_" in name:
+            p.data.copy_(mine[name.removeprefix("base_model.model.model.").replace(".default.", ".")].data)
+    theirs, (batch,) = next(iter(trainer.get_train_dataloader())), next(ours.batches)
+    trained = theirs.get("completion_mask", theirs.get("labels")) > 0
+    targets = torch.where(trained, theirs["input_ids"], IGNORE).roll(-1, 1)
+    targets[:, -1] = IGNORE
+    both = (theirs["input_ids"], targets), (batch["ids"], batch["targets"])
+    rows = [sorted(torch.cat([x.reshape(-1, config.length) for x in side], 1).tolist()) for side in both]
+    if rows[0] != rows[1]:
+        raise ValueError(f"{config.task}: the sides were not given the same tokens and targets")
+    trainer.train()
+    first = {"trl": trainer.state.log_history[0], "ours": ours.first}
+    bounds = {"loss": 0.002, "grad_norm": 0.01}
+    if config.task == "dpo":  # bf16 leaves tenths of a nat of a log-probability open: much of a difference
+        bounds = {"loss": 0.02, "grad_norm": 0.03, "logps/chosen": 0.001}
+    for name, bound in bounds.items():
+        pair = [first[side].get(name, 0.0) for side in first]
+        if not math.isclose(*pair, rel_tol=bound):
+            raise ValueError(f"{config.task}: first {name} is {pair[0]} for trl, {pair[1]} for ours")
+    return first, dict(zip(first, map(list, zip(*turns[2:]))))
+
+
+class Numbers:
+    """A tokenizer of texts that are numbers of tokens: "17 4 </s>" is [17, 4, 2]."""
+
+    digest = "numbers"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode_chat(self, messages: list[dict], template: str | None = None) -> tuple[list[int], list[int]]:
+        """Give a conversation's tokens, and 1 for those of replies; there is no template."""
+        words = [(word, m["role"]) for m in messages for word in m["content"].split()]
+        ids = [2 if word == END else int(word) for word, _ in words]
+        return ids, [int(role == "assistant") for _, role in words]
+
+
+def numbered_rows(config: TuneBench, vocab: int) -> list[dict]:
+    """Draw {"prompt", "completion"}, for dpo {"prompt", "chosen", "rejected"}: answers end at --length."""
+    draw = random.Random(1)
+    asked = config.length // 4
+    text = lambda count: " ".join(str(draw.randrange(3, vocab)) for _ in range(count))
+    answers = ("chosen", "rejected") if config.task == "dpo" else ("completion",)
+    return [
+        {"prompt": text(asked) + " "} | {name: f"{text(config.length - asked - 1)} {END}" for name in answers}
+        for _ in range(config.rows // len(answers))
+    ]
+
+
+class OurTuning:
+    """What sft.py and dpo.py do between reading and saving: model, batches, loss, optimizer."""
+
+    def __init__(self, config: TuneBench, scratch: str):
+        options = {"init": config.init, "out": scratch, "dtype": "bfloat16", "lr": RATE}
+        options |= {"lora": config.task == "lora", "lora_target": "all-linear"}
+        options |= {"activation_checkpointing": config.how == "recomputed"}
+        cfg = self.cfg = (DPOConfig if config.task == "dpo" else SftConfig)(**options)
+        shape, process = read_config(config.init), common.Process(0, 1, "cpu")
+        rows, numbers = numbered_rows(config, shape.vocab_size), Numbers(shape.vocab_size)
+        for row in rows:
+            texts = {"user": row["prompt"], "assistant": row.get("completion")}
+            row["messages"] = [{"role": role, "content": text} for role, text in texts.items() if text]
+        kind, width = (PairRows, 2) if config.task == "dpo" else (ChatRows, 1)
+        documents, width = kind(rows, numbers, config.length), width * config.length
+        self.batches = Batches(RowStream(documents, width, cfg.seed), len(rows), len(rows))
+        self.idle = own_anonymous_bytes()
+        model = build(shape, "meta")
+        if cfg.lora:
+            lora.attach(model, cfg)
+        self.model = ready_model(model, cfg, process, shape.vocab_size).train()
+        self.loss, self.ref_model, self.first = tuning_loss, None, {}
+        if config.task == "dpo":
+            reference = None
+            if config.how == "live":
+                self.ref_model = frozen_model(shape, cfg, process)
+                reference = functools.partial(live_reference, frozen=self.ref_model)
+            else:
+                p = Plan(width, len(rows), len(rows), 1)
+                documents.reference = compute_reference(self.model, documents, p, process)
+            self.loss = functools.partial(pair_loss, cfg=cfg, reference=reference)
+        self.optimizer = make_optimizer(self.model, cfg)
+
+    def step(self) -> float:
+        """Take a step as train.fit does; give its seconds. `first`: what the first one showed."""
+        start = time.perf_counter()
+        (batch,) = next(self.batches)
+        value, count, logs = self.loss(self.model, batch)
+        value.backward()
+        norm = clip_and_scale(self.model.parameters(), float(count), self.cfg.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        if not self.first:
+            chosen, pairs = logs.get("chosen_logp", (0.0, 1))
+            values = {"loss": value.detach() / count, "grad_norm": norm, "logps/chosen": chosen / pairs}
+            self.first = {name: float(v) for name, v in values.items()}
+        return seconds
+
+
+def their_trainer(config: TuneBench, scratch: str, steps: int, after: Callable[[float], object]):
+    """Make trl's trainer for a task, as its users do; `after` is called after each step with its seconds."""
+    import datasets
+    import peft
+    import tokenizers
+    import transformers
+    import trl
+
+    warnings.simplefilter("ignore", FutureWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    vocab = read_config(config.init).vocab_size
+    words = {"<pad>": 0, "<unk>": 1, END: 2} | {str(i): i for i in range(3, vocab)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>", eos_token=END
+    )
+    rows = numbered_rows(config, vocab)
+    pairs = config.task == "dpo"
+    kind, settings = (trl.DPOTrainer, trl.DPOConfig) if pairs else (trl.SFTTrainer, trl.SFTConfig)
+    idle = own_anonymous_bytes()
+    # a frozen base needs no fp32 masters: in bf16 nothing is cast at use. What trains is fp32 on both sides
+    dtype = torch.bfloat16 if config.task == "lora" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        config.init, dtype=dtype, attn_implementation="sdpa"
+    )
+    options = {"output_dir": scratch, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+    options |= {"disable_tqdm": True, "logging_first_step": True, "dataloader_pin_memory": False}
+    options |= {"per_device_train_batch_size": len(rows), "max_steps": steps, "max_length": config.length}
+    options |= {"bf16": True, "gradient_checkpointing": config.how == "recomputed", "max_grad_norm": 1.0}
+    options |= {"optim": "adamw_torch_fused", "learning_rate": RATE, "lr_scheduler_type": "constant"}
+    options |= {"adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.0}
+    options |= {"precompute_ref_log_probs": config.how != "live"} if pairs else {}
+    given = {"processing_class": tokenizer, "train_dataset": datasets.Dataset.from_list(rows)}
+    if config.task == "lora":
+        adapters = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        given["peft_config"] = peft.LoraConfig(**adapters)
+    trainer = kind(model, args=settings(**options), **given)
+    trainer.idle = idle
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            after(time.perf_counter() - self.start)
+
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.add_callback(Turns())
+    return trainer
+
+
+def tuning_memory(config: TuneBench, scratch: str, steps: int = 3) -> dict[str, int]:
+    """Measure this process in bytes: at the peak of some steps, before there was a model; weights etc."""
+    side = OurTuning(config, scratch) if config.side == "ours" else None
+    side = side or their_trainer(config, scratch, steps, lambda seconds: None)
+    peak, done = [0], threading.Event()
+
+    def look() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], own_anonymous_bytes())
+
+    threading.Thread(target=look, daemon=True).start()
+    if config.side == "ours":
+        for _ in range(steps):
+            side.step()
+    else:
+        side.train()
+    done.set()
+    models = [side.model, getattr(side, "ref_model", None)]
+    held = sum(p.nbytes for model in models if model is not None for p in model.parameters())
+    held += sum(12 * p.numel() for p in side.model.parameters() if p.requires_grad)  # fp32
+    return {"peak": peak[0], "idle": side.idle, "held": held}
+
+
+def own_anonymous_bytes() -> int:
+    """Anonymous memory of this process; cheaper than anonymous_bytes."""
+    return int(re.search(r"RssAnon:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
 if __name__ == "__main__":
-    common.run(train, decode, world, bits, data, bpe, clean, dedup, plot, optimizers, doc=__doc__)
+    common.run(
+        train, decode, world, ngram, bits, data, bpe, clean, dedup, plot, optimizers, tune, doc=__doc__
+    )

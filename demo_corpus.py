@@ -18,8 +18,8 @@ question has at most 13 characters, so it could only be hit whole.
     python demo_corpus.py --out out/demo --seed 2 --size_mb 1 --overwrite
 
 writes pretrain/world.jsonl, sft.jsonl, dpo.jsonl, exam/{dev,val}/*.csv (the file form of C-Eval, a Chinese
-four-choice benchmark), facts.jsonl (with cloze prompts) and report.json (what is in it, counted by the
-checker, not by the writer).
+four-choice benchmark), heldout.jsonl (the exam's questions without choices, to be answered in words),
+facts.jsonl (with cloze prompts) and report.json (what is in it, counted by the checker, not by the writer).
 """
 
 from __future__ import annotations
@@ -896,7 +896,8 @@ def preference_rows(world: World, seed: int, count: int = 1000) -> list[dict]:
     taught = world.taught()
     rows = []
     for n in range(count):
-        kind = ("value", "value", "sum", "repeat", "garble", "rude")[n % 6]
+        # few sums: a model of this size knows hardly any, and nobody can prefer what he does not know
+        kind = ("value", "value", "sum" if n % 12 == 2 else "value", "repeat", "garble", "rude")[n % 6]
         if kind == "sum":
             a, b = rng.choice(world.sums)
             question = sum_question(a, b)
@@ -968,6 +969,14 @@ def write_exam(folder: Path, world: World, seed: int, subjects: dict) -> None:
                 for n, (q, gold) in enumerate(zip(asked, letters)):
                     line = [n, q.text, *options(world, q, gold, rng), "ABCD"[gold]]
                     out.writerow([*line, q.proof] if part == "dev" else line)
+
+
+def heldout_rows(subjects: dict[str, tuple[list[Question], list[Question]]]) -> list[dict]:
+    """Ask what the exam asks, without choices: rows of one turn, of the kinds one_hop, two_hop and sum."""
+    kinds = {"world_facts": "one_hop", "world_two_hop": "two_hop", "world_sums": "sum"}
+    return [
+        row(kinds[subject], q.text, q.proof, q.answer) for subject, (_, val) in subjects.items() for q in val
+    ]
 
 
 def cloze_prompts(fact: Fact) -> list[str]:
@@ -1045,6 +1054,7 @@ def main(config: DemoConfig) -> None:
         write_lines(folder / "pretrain" / "world.jsonl", ({"text": text} for text in documents))
         write_lines(folder / "sft.jsonl", sft)
         write_lines(folder / "dpo.jsonl", dpo)
+        write_lines(folder / "heldout.jsonl", heldout_rows(subjects))
         write_exam(folder / "exam", world, config.seed, subjects)
         facts = (
             {

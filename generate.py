@@ -12,6 +12,8 @@ A single row on a CPU has a decoding step of its own (`OneRow`).
 
     python generate.py out/run --prompt "大家都知道，"
     python generate.py out/run --file prompts.txt --no_echo --temperature 0
+    python generate.py out/sft --ask "林小雨住在哪里？"           # one question, through the chat template
+    python generate.py out/sft --questions heldout.jsonl         # all of a file; how many answers are right
     python generate.py out/run                      # every line that you type is a prompt
 
 Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fan et al. 2018 (top-k).
@@ -20,9 +22,12 @@ Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (top-p); Fa
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import re
 import sys
 import time
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,10 +36,12 @@ import torch
 import torch.nn as nn
 import tyro
 
+import chat
 import common
 import kernels
-from checkpoint import load_model, model_folder
-from model import MLP, Attention, KVCache, Linear, Model, Norm, Positions
+import lora
+from checkpoint import model_folder
+from model import MLP, Attention, KVCache, Linear, Model, ModelConfig, Norm, Positions
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
@@ -43,18 +50,18 @@ from tokenizer import Tokenizer, load_tokenizer
 def load(
     folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", rows: int = 1
 ) -> tuple[Model, Tokenizer]:
-    """Load a model folder or a run's latest step, ready to write.
+    """Load a model folder, an adapter folder (with its base, merged) or a run's latest step, ready to write.
 
     dtype None: the folder's own, or fp32 where the machine has no fast bf16. rows: how many texts will be
     written at a time; any number works, but the weights' layout is chosen for one or for several.
     """
     folder = model_folder(folder)
-    model = load_model(folder, dtype, device)
+    model = lora.load_model(folder, dtype, device)
     if dtype is None and common.best_dtype(device) == torch.float32:
         model.float()
     if model.config.head != "lm":
         raise ValueError(f"{folder}: a model without a language-model head cannot write")
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(lora.tokenizer_folder(folder))
     if tokenizer.vocab_size > model.config.vocab_size:
         have, need = model.config.vocab_size, tokenizer.vocab_size
         raise ValueError(f"{folder}: the tokenizer has {need} tokens, the model only {have}")
@@ -359,7 +366,89 @@ def score(model: Model, ids: Sequence[int]) -> torch.Tensor:
     return model(row[:, :-1], row[:, 1:])[0]
 
 
-# --- 4. command line ---------------------------------------------------------------------------------------
+# --- 4. questions and answers -------------------------------------------------------------------------------
+
+
+def stop_at_reply_end(model: Model, tokenizer: Tokenizer, template: str | None = None) -> None:
+    """Let what ends a reply under the chat template end a text, besides what ends one already."""
+    model.config.eos_token_id = sorted({*model.config.eos_ids, *tokenizer.end_ids(template)})
+
+
+def question_ids(
+    row: dict, tokenizer: Tokenizer, config: ModelConfig, template: str | None = None
+) -> list[int]:
+    """Encode a row of chat.read_rows up to where the last reply begins; a reply that is there is left out.
+
+    template None: the tokenizer's own. ValueError, with the row's place: what the template cannot write; no
+    room for a reply in a RoPE model's context.
+    """
+    where, context = row.get("where", "a question"), config.max_position_embeddings
+    messages = row["messages"]
+    messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    try:
+        ids, _ = tokenizer.encode_chat(messages, open_reply=True, template=template)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if config.switches.rope and len(ids) >= context:
+        raise ValueError(f"{where}: {len(ids)} tokens leave no room in the model's context of {context}")
+    return ids
+
+
+def answer(
+    model: Model,
+    tokenizer: Tokenizer,
+    rows: Sequence[dict],
+    sampling: Sampling,
+    batch: int = 64,
+    template: str | None = None,
+) -> list[str]:
+    """Answer the last question of every row of chat.read_rows, `batch` rows of like length at a time.
+
+    ValueError as question_ids.
+    """
+    written = tokenizer.chat_template(template)
+    prompts = [question_ids(row, tokenizer, model.config, template) for row in rows]
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+    replies = [""] * len(rows)
+    for at in range(0, len(order), batch):
+        part = order[at : at + batch]
+        for i, new in zip(part, generate(model, [prompts[i] for i in part], sampling)):
+            replies[i] = written.content(tokenizer.decode(new, at_start=False)).strip()
+    return replies
+
+
+NUMERAL = "0-9零一二三四五六七八九十百千万亿两"
+
+
+def exact_match(reply: str, check: str) -> bool:
+    """Tell whether a reply holds the checked answer as a whole, full and half width (１２, 12) alike.
+
+    12 is not in 112, 12.5 or -12, nor 十二 in 二十二. That the reply says nothing else is not asked.
+    """
+    reply, check = (unicodedata.normalize("NFKC", text).strip() for text in (reply, check))
+    before = rf"(?<![{NUMERAL}])(?<![0-9][.,])(?<!-)" if re.match(f"[{NUMERAL}]", check) else ""
+    after = rf"(?![{NUMERAL}])(?![.,][0-9])" if re.search(f"[{NUMERAL}]$", check) else ""
+    return re.search(f"{before}{re.escape(check)}{after}", reply) is not None
+
+
+def checked(row: dict) -> str:
+    """Give what a right answer to a row must hold: its "check", a text or a number; "" if it says none."""
+    check = row.get("check")
+    return str(check).strip() if isinstance(check, str | int | float) and check is not True else ""
+
+
+def exact_matches(rows: Sequence[dict], replies: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Count right answers by the rows' "kind": {kind: (right, asked)}; rows without "check" are left out."""
+    counts: dict[str, tuple[int, int]] = {}
+    for row, reply in zip(rows, replies, strict=True):
+        if check := checked(row):
+            kind = str(row.get("kind", "all"))
+            right, asked = counts.get(kind, (0, 0))
+            counts[kind] = right + exact_match(reply, check), asked + 1
+    return counts
+
+
+# --- 5. command line ---------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -367,6 +456,10 @@ class GenerateConfig(Sampling):
     folder: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)  # a model folder or a run
     prompt: str = ""  # text to continue
     file: str = ""  # a text file with one prompt per line
+    ask: str = ""  # a question, put through the chat template
+    questions: str = ""  # .jsonl or .json of rows to answer, in any form of chat.py; counts what is right
+    template: str = ""  # chat template, a name of chat.TEMPLATES; default: the folder's
+    out: str = ""  # with --questions: file for the rows with their replies
     echo: bool = True  # print the prompt before its continuation
     batch: int = 8  # prompts of a file that are worked on together
     device: str = "auto"  # auto, cpu, cuda
@@ -374,17 +467,25 @@ class GenerateConfig(Sampling):
 
 
 def main(config: GenerateConfig) -> None:
-    """Continue a prompt, the prompts of a file, or what is typed."""
-    if config.prompt and config.file:
-        raise ValueError("--prompt and --file exclude each other")
+    """Continue a prompt, the prompts of a file, or what is typed; answer a question, or those of a file."""
+    given = [name for name in ("prompt", "file", "ask", "questions") if getattr(config, name)]
+    if len(given) > 1:
+        raise ValueError(f"--{given[0]} and --{given[1]} exclude each other")
     if config.batch < 1:
         raise ValueError(f"--batch {config.batch} must be at least 1")
     device = common.start_process(config.device).device
     dtype = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, config.dtype)
     if isinstance(dtype, str):
         raise ValueError(f"--dtype {dtype}: expected float32 or bfloat16")
-    model, tokenizer = load(config.folder, dtype, device, rows=config.batch if config.file else 1)
-    if config.file:
+    many = config.file or config.questions
+    model, tokenizer = load(config.folder, dtype, device, rows=config.batch if many else 1)
+    if config.ask or config.questions:
+        stop_at_reply_end(model, tokenizer, config.template or None)
+    if config.questions:
+        _answer_file(model, tokenizer, config)
+    elif config.ask:
+        _answer_one(model, tokenizer, config)
+    elif config.file:
         _complete_file(model, tokenizer, config)
     elif config.prompt:
         _complete(model, tokenizer, config.prompt, config)
@@ -407,7 +508,10 @@ def _read_line() -> str:
 def _complete(model: Model, tokenizer: Tokenizer, prompt: str, config: GenerateConfig) -> None:
     if config.echo:
         print(prompt, end="", flush=True)
-    ids = tokenizer.encode_prompt(prompt)
+    _write(model, tokenizer, tokenizer.encode_prompt(prompt), config)
+
+
+def _write(model: Model, tokenizer: Tokenizer, ids: list[int], config: GenerateConfig) -> None:
     start, count = time.perf_counter(), -1  # the last text is what the stream held back, not a token
     for text in stream(model, tokenizer, ids, config):
         count += 1
@@ -439,6 +543,46 @@ def _complete_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -
         part = slice(i, i + config.batch)
         for (_, prompt), new in zip(prompts[part], generate(model, encoded[part], config)):
             print((prompt if config.echo else "") + tokenizer.decode(new, at_start=False), flush=True)
+
+
+def _answer_one(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> None:
+    """Stream the reply to --ask, without what the template writes before it (a line break, a space)."""
+    row = {"messages": [{"role": "user", "content": config.ask}], "where": "--ask"}
+    ids, begun = question_ids(row, tokenizer, model.config, config.template or None), False
+    lead = tokenizer.chat_template(config.template or None).lead
+    held = ""
+    for text in stream(model, tokenizer, ids, config):
+        held += text
+        if not begun and lead.startswith(held) and held != lead:
+            continue  # it may still become the lead
+        print(held if begun else held.removeprefix(lead), end="", flush=True)
+        held, begun = "", True
+    print()
+
+
+def _answer_file(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> None:
+    if config.out and Path(config.out).exists():
+        raise ValueError(f"{config.out} exists; choose another --out or remove it")
+    rows = chat.read_rows([config.questions], "questions")
+    replies = answer(model, tokenizer, rows, config, config.batch, config.template or None)
+    if config.out:
+        kept = ({name: value for name, value in row.items() if name != "where"} for row in rows)
+        lines = (json.dumps(row | {"reply": reply}, ensure_ascii=False) for row, reply in zip(kept, replies))
+        common.atomic_text(config.out, "".join(line + "\n" for line in lines))
+    counts = exact_matches(rows, replies)
+    for row, reply in list(zip(rows, replies))[: 3 if counts else None]:
+        print(f"{row['messages'][0]['content'].splitlines()[0][:60]} -> {reply}")
+    said = (
+        f"{kind} {right} of {asked} ({right / asked:.1%})" for kind, (right, asked) in sorted(counts.items())
+    )
+    told = [
+        m[-1]["content"].strip() for m in (row["messages"] for row in rows) if m[-1]["role"] == "assistant"
+    ]
+    if counts and len(told) == len(rows):
+        same = sum(reply == reference for reply, reference in zip(replies, told, strict=True))
+        print(f"word for word as the file answers: {same} of {len(rows)}")
+    if counts:
+        print(f"right: {', '.join(said)}")
 
 
 if __name__ == "__main__":

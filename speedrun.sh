@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# From raw Chinese text to a model that writes, on a CPU: corpus -> clean -> tokenizer -> pack -> pretrain -> sample.
+# From raw Chinese text to a model that answers, on a CPU:
+# corpus -> clean -> tokenizer -> pack -> pretrain -> instruction tuning, full and LoRA -> preferences.
 #   bash speedrun.sh                  the token budget is chosen by a quick probe of this machine
 #   bash speedrun.sh --budget full    full | half | quarter | tiny (tiny: seconds, for continuous integration)
 set -euo pipefail
@@ -43,7 +44,8 @@ stage tokenizer "$PYTHON" tokenizer.py train "$out/clean" --vocab_size 3072 \
 stage pack "$PYTHON" data.py pack "$out/clean" --tokenizer "$out/tok" --out "$out/shards"
 
 train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
-       --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02 --save_every 0 --eval_every 100)
+       --optimizer muon --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02
+       --save_every 0 --eval_every 100)
 if [ "$budget" = auto ]; then
     # the probe: a few steps tell the tokens per second; pretraining aims at four minutes
     stage probe "${train[@]}" --out "$out/probe" --steps 12 --eval_every 0
@@ -51,15 +53,35 @@ if [ "$budget" = auto ]; then
 import json, statistics, sys
 rows = [json.loads(line) for line in open(sys.argv[1])]
 reach = 240 * statistics.median(r["tokens_per_second"] for r in rows if "loss" in r)
-print("full" if reach > 2.8e6 else "half" if reach > 1.4e6 else "quarter")
+print("full" if reach > 2e6 else "half" if reach > 1e6 else "quarter")
 PY
 )
     rm -r "$out/probe"
 fi
-case $budget in full) tokens=2800000 ;; half) tokens=1400000 ;; quarter) tokens=700000 ;; tiny) tokens=40000 ;; esac
+case $budget in full) tokens=2000000 ;; half) tokens=1000000 ;; quarter) tokens=500000 ;; tiny) tokens=40000 ;; esac
+short=$([ "$budget" != tiny ] || echo "--steps 3")
 echo "budget: $budget, $tokens tokens"
 stage pretrain "${train[@]}" --tokens "$tokens" --out "$out/run"
 stage sample "$PYTHON" generate.py "$out/run" --prompt "大家都知道，" --max_new_tokens 60 --temperature 0.7
 sed '$d' "$out/sample.log"  # the last line stands above
+
+# questions that no row of instruction data asks; the model has read the answers in the pretraining text
+heldout=$out/demo/heldout.jsonl
+answers() {  # answers NAME: how many of them the model of a stage gets right
+    stage "$1-answers" "$PYTHON" generate.py "$out/$1" --questions "$heldout" --template plain \
+        --temperature 0 --max_new_tokens 40 --batch 64
+}
+tune=(--row_tokens 256 --tokens_per_step 2048 --test "$heldout" --test_rows 100 --max_new_tokens 40 --eval_every 0
+      --save_every 0 --keep 1 --schedule linear --warmup 10 $short)
+answers run
+stage sft "$PYTHON" sft.py --init "$out/run" --data "$out/demo/sft.jsonl" --template plain --out "$out/sft" \
+    "${tune[@]}" --epochs 1 --lr 1e-3
+answers sft
+stage lora "$PYTHON" sft.py --init "$out/run" --data "$out/demo/sft.jsonl" --template plain --out "$out/lora" \
+    "${tune[@]}" --epochs 1 --lora --lora_target all-linear --lora_rank 64 --lora_alpha 128 --lr 2e-3
+answers lora
+stage dpo "$PYTHON" dpo.py --init "$out/sft" --data "$out/demo/dpo.jsonl" --out "$out/dpo" \
+    "${tune[@]}" --epochs 3 --lr 4e-5 --beta 0.5
+answers dpo
 echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
-echo "go on: .venv/bin/python generate.py $out/run"
+echo "go on: .venv/bin/python generate.py $out/dpo --ask '介绍一下你自己。'"

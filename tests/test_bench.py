@@ -11,6 +11,8 @@ import torch
 from conftest import run_script
 
 import bench
+import tokenizer as tok
+from checkpoint import save_model
 from model import ModelConfig, build, init_weights
 
 
@@ -39,6 +41,29 @@ def test_kneser_ney_prefers_text_like_its_own():
     assert model.bits("今天天气很好") < 0.5 * model.bits("好很气天天今") and math.isfinite(
         model.bits("没见过😀")
     )
+
+
+def test_a_cloze_is_completed_by_the_likeliest_of_the_values_in_joint_tokens(tmp_path):
+    (tmp_path / "a.txt").write_text("今年二十\n\n今年二十三\n\n今年三十\n\n" * 20, "utf-8")
+    tok.train(tok.Train([str(tmp_path / "a.txt")], str(tmp_path / "tok"), vocab_size=275))
+    tokenizer = tok.load_tokenizer(tmp_path / "tok")
+    values = ["二十", "二十三", "三十"]
+    rows = {v: tokenizer.encode_prompt("今年" + v) for v in values}
+    assert (
+        tokenizer.encode_prompt("今年") != rows["二十"][: len(tokenizer.encode_prompt("今年"))]
+    )  # a piece spans it
+    shape = ModelConfig("phi", tokenizer.vocab_size, 16, 1, 2, 32, 64)
+    model = build(shape)
+    for liked, expected in (("二十", "二十"), ("二十三", "二十三"), ("三十", "三十")):
+        with torch.no_grad():  # all weights 0: the head's bias alone decides
+            for p in model.parameters():
+                p.zero_()
+            model.lm_head.bias[tokenizer.eos_id] = 1.0
+            for i in rows[liked]:
+                model.lm_head.bias[i] += 2.0
+            if liked == "二十":
+                model.lm_head.bias[rows["二十三"][-1]] = 0.0
+        assert bench.complete(model, tokenizer, "今年", values) == expected
 
 
 def test_sliding_windows_code_every_token_once_and_see_half_a_window():
@@ -212,3 +237,94 @@ def test_dedup_finds_near_copies_and_no_others(corpus):
     assert float(re.search(r"recall ([\d.]+)", done.stdout)[1]) >= 0.95
     assert float(re.search(r"precision ([\d.]+)", done.stdout)[1]) >= 0.95
     assert "characters in disorder: 0.0% found" in done.stdout and "300 documents" in done.stdout
+
+
+def tiny_tuning(folder, task, how="kept", side=""):
+    """Tune a model of 2 x 64 whose table is larger than usual, so that the first loss tells models apart."""
+    if not (folder / "model").exists():
+        model = build(ModelConfig("llama", 512, 64, 2, 2, 176, 64, tie_word_embeddings=True))
+        init_weights(model, 1)
+        with torch.no_grad():
+            model.embed_tokens.weight.mul_(5)
+        save_model(model, folder / "model")
+    shape = {"init": str(folder / "model"), "length": 32, "rows": 4, "rounds": 1}
+    return bench.TuneBench(task=task, how=how, side=side, **shape)
+
+
+@pytest.mark.parametrize(
+    "task, how",
+    [("full", "kept"), ("full", "recomputed"), ("lora", "kept"), ("dpo", "kept"), ("dpo", "live")],
+)
+def test_tuning_here_and_in_trl_starts_with_the_same_loss_and_gradient(task, how, tmp_path, one_thread):
+    """From the same weights and rows; `take_turns` itself refuses what differs by more than bf16 may."""
+    pytest.importorskip("trl")
+    first, seconds = bench.take_turns(tiny_tuning(tmp_path, task, how), str(tmp_path))
+    assert list(seconds) == ["trl", "ours"] and all(len(s) == 1 and s[0] > 0 for s in seconds.values())
+    theirs, ours = first["trl"], first["ours"]
+    loss, norm = (0.02, 0.02) if task == "dpo" else (1e-3, 5e-3)
+    assert ours["loss"] == pytest.approx(theirs["loss"], rel=loss)
+    assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm) and ours["grad_norm"] > 0.1
+    assert (
+        theirs["loss"] == pytest.approx(math.log(2))
+        if task == "dpo"
+        else theirs["loss"] > 1.1 * math.log(512)
+    )
+
+
+def test_tuning_bench_gives_no_figures_where_the_sides_differ(tmp_path, one_thread, monkeypatch):
+    pytest.importorskip("trl")
+    config = tiny_tuning(tmp_path, "full")
+    with monkeypatch.context() as patch:
+        ready = bench.ready_model
+
+        def other_weights(*args):
+            model = ready(*args)
+            model.layers[0].mlp.up_proj.weight.data.mul_(2)
+            return model
+
+        patch.setattr(bench, "ready_model", other_weights)
+        with pytest.raises(ValueError, match="first .* is .* for trl"):
+            bench.take_turns(config, str(tmp_path))
+    rows, calls = bench.numbered_rows, itertools.count()
+
+    def other_rows(*args):
+        found = rows(*args)
+        if next(calls):
+            found[0]["prompt"] = found[1]["prompt"]
+        return found
+
+    monkeypatch.setattr(bench, "numbered_rows", other_rows)
+    with pytest.raises(ValueError, match="not given the same tokens"):
+        bench.take_turns(config, str(tmp_path))
+
+
+def test_tuning_bench_counts_weights_gradients_and_moments(tmp_path, one_thread):
+    pytest.importorskip("trl")
+    model = 512 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 176 + 2 * 64) + 64
+    adapters = 2 * 16 * (4 * (64 + 64) + 3 * (64 + 176))
+    held = {"full": 16 * model, "lora": 2 * model + 16 * adapters, "dpo": 16 * model}
+    for task, size in held.items():
+        for side in ("trl", "ours"):
+            took = bench.tuning_memory(tiny_tuning(tmp_path, task, side=side), str(tmp_path), steps=1)
+            assert took["held"] == size and took["peak"] > 1e8 and took["idle"] > 1e8, (task, side)
+
+
+def test_tune_bench_prints_speed_and_memory_of_both_sides(tmp_path, one_thread, monkeypatch, capsys):
+    pytest.importorskip("trl")
+    for name in ("HF_HUB_OFFLINE", "TQDM_DISABLE"):  # tune sets them
+        monkeypatch.setenv(name, "1")
+    bench.tune(tiny_tuning(tmp_path, "full"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "full, kept:" and [x.split()[0] for x in lines[2:]] == ["trl", "peak", "ours", "peak"]
+    assert all("1.00 x trl" in line for line in lines[2:4]) and "tokens/s" in lines[4]
+    gb = [float(x) for x in re.findall(r"([-\d.]+) GB", lines[5])]
+    assert gb[0] - gb[1] - gb[2] == pytest.approx(gb[3], abs=0.002) and gb[0] > 0.1
+
+
+def test_tune_bench_refuses_what_it_cannot_measure():
+    with pytest.raises(ValueError, match="--task dpo"):
+        bench.TuneBench(task="lora", how="live")
+    with pytest.raises(ValueError, match="one --task and one --how"):
+        bench.TuneBench(side="trl")
+    with pytest.raises(ValueError, match="--rows must be even"):
+        bench.TuneBench(rows=3)

@@ -288,6 +288,14 @@ def test_exam_questions_are_heldout_single_facts_chains_and_sums(built, answers)
         assert (min(a, b), max(a, b)) in world.heldout_sums
 
 
+def test_heldout_rows_ask_what_the_exam_asks_and_hold_its_answers(built, answers):
+    rows = lines(built.folder / "heldout.jsonl")
+    assert Counter(row["kind"] for row in rows) == {"one_hop": 500, "two_hop": 250, "sum": 100}
+    assert [row["instruction"] for row in rows] == [row["question"] for row in built.exam]
+    for row in rows:
+        assert row["check"] == answers[row["instruction"]] and row["check"] in row["output"]
+
+
 def test_exam_questions_share_no_thirteen_characters_with_any_training_text(built):
     rows = "\n".join(json.dumps(row, ensure_ascii=False) for row in built.sft + built.dpo)
     for row in built.exam:
@@ -413,7 +421,7 @@ def test_one_seed_gives_the_same_bytes_whatever_the_hash_seed(tmp_path):
         env = os.environ | {"PYTHONHASHSEED": hash_seed}
         subprocess.run([*command, "--size_mb", "0.3"], check=True, env=env, capture_output=True)
     a, b, c = (digests(tmp_path / name) for name in "abc")
-    assert a == b and len(a) == 11
+    assert a == b and len(a) == 12
     assert not any(a[name] == c[name] for name in a)
 
 

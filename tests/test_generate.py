@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, run_script, tiny_hf
 
+import chat
 import checkpoint
 import generate as gen
 import kernels
@@ -690,3 +692,94 @@ def test_a_mistake_ends_with_status_2_and_a_sentence(name, message, commands):
     assert code == 2, (out, err)
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+# --- questions and answers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply, check, right",
+    [
+        ("林小雨住在清河镇。", "清河镇", True),
+        ("林小雨住在白石村。", "清河镇", False),
+        ("二十二岁", "十二岁", False),  # part of a longer number
+        ("他今年十二岁。", "十二岁", True),
+        ("11加12等于23。", "23", True),
+        ("11加12等于123。", "23", False),
+        ("11加12等于231。", "23", False),
+        ("一共有十三。", "三", False),
+        ("A", "A", True),
+        ("12.5", "12", False),
+        ("1,200", "200", False),
+        ("-12", "12", False),
+        ("共１２个。", "12", True),
+        ("112", " 12", False),
+        ("12。", "12", True),
+        ("a+b*c", "b*", True),  # the check is text, no pattern
+        ("", "清河镇", False),
+    ],
+)
+def test_an_answer_matches_as_a_whole(reply, check, right):
+    assert gen.exact_match(reply, check) is right
+
+
+def test_right_answers_are_counted_by_kind():
+    rows = [{"check": "1", "kind": "x"}, {"check": "2", "kind": "x"}, {"check": "3"}, {"kind": "y"}]
+    assert gen.exact_matches(rows, ["1", "1", "3", "?"]) == {"x": (1, 2), "all": (1, 1)}
+    odd = [
+        {"check": 12, "kind": ["a"]},
+        {"check": True},
+        {"check": None},
+        {"check": {"a": 1}},
+    ]  # of others' data
+    assert gen.exact_matches(odd, ["12个", "1", "1", "1"]) == {"['a']": (1, 1)}
+
+
+def test_what_a_template_writes_around_a_reply_is_not_the_reply():
+    assert chat.TEMPLATES["yayi"].lead == ":\n" and chat.TEMPLATES["plain"].lead == ""
+    assert chat.TEMPLATES["llama-2"].content(" 好 ") == "好" == chat.TEMPLATES["plain"].content("好")
+
+
+def question_file(folder, questions: list[str]):
+    rows = [
+        {"instruction": q, "output": SENTENCE, "check": "𠮷", "kind": str(n % 2)}
+        for n, q in enumerate(questions)
+    ]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (folder / "q.jsonl").write_text(text, "utf-8")
+    return folder / "q.jsonl"
+
+
+def test_a_file_of_questions_is_answered_through_the_template(scholar, tmp_path):
+    path = question_file(tmp_path, ["你好", "你好世界，你好世界", "白纸"])
+    out = tmp_path / "replies.jsonl"
+    words = ["--temperature", "0", "--batch", "2", "--template", "plain", "--out", out]
+    done = run_script("generate.py", scholar, "--questions", path, *words)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
+    model, tokenizer = gen.load(scholar)
+    for row in rows:
+        ids, _ = tokenizer.encode_chat(row["messages"][:1], open_reply=True, template="plain")
+        (alone,) = generate(model, [ids], Sampling(256, 0))
+        assert row["reply"] == tokenizer.decode(alone, at_start=False).strip()
+    right = sum("𠮷" in row["reply"] for row in rows)
+    (said,) = [line for line in done.stdout.splitlines() if line.startswith("right: ")]
+    assert said.count("%") == 2 and sum(int(n) for n in re.findall(r"(\d+) of", said)) == right
+
+
+def test_a_question_of_its_own_is_answered(scholar):
+    done = run_script("generate.py", scholar, "--ask", "你好", "--temperature", "0", "--template", "plain")
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--ask", "x", "--prompt", "y"], "exclude"),
+        (["--ask", "x"], "--template"),  # the folder has none
+        (["--ask", "x", "--template", "yayi"], "<|YaYi|>"),  # whose special tokens it lacks
+    ],
+)
+def test_bad_questions_are_refused(scholar, words, message):
+    done = run_script("generate.py", scholar, *words)
+    assert done.returncode == 2 and message in done.stderr, done.stderr

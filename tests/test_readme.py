@@ -62,6 +62,8 @@ def test_every_command_of_the_readme_runs(tmp_path):
         if "--preset" in words and "plan.py" not in words:
             words[words.index("--preset") + 1] = "tiny"
             words += ["--steps", "3", "--row_tokens", "64", "--tokens_per_step", "512", "--peak_tflops", "1"]
+        if words[1] in ("sft.py", "dpo.py") and "make-rejected" not in words:
+            words += ["--steps", "3", "--test_rows", "8"]
         words[0] = sys.executable
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
