@@ -389,9 +389,13 @@ class ChatRows(Documents):
                 f"no conversation can be trained: {self.dropped} are longer than {context} tokens (take a "
                 f"longer context, or cut them at whole turns), {self.untrained} hold no reply"
             )
+        self._keep("chat", ids, mask, ends, tokenizer)
+
+    def _keep(self, name: str, ids: array, mask: array, ends: array, tokenizer: Tokenizer) -> None:
+        """Keep the tokens of all documents end to end; document i is [ends[i], ends[i + 1])."""
         self.ids, self.mask = np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8)
         self.ends, self.tokens = np.frombuffer(ends, np.int64), len(ids)
-        self.sources = {"chat": Source(range(len(self)), self.tokens)}
+        self.sources = {name: Source(range(len(self)), self.tokens)}
         self.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer.digest
 
     def __len__(self) -> int:
@@ -964,11 +968,8 @@ class PairRows(ChatRows):
                 seams.append(len(chosen))
                 counts.append((sum(left), sum(right)))
                 self.bytes += len(row["chosen"].encode()) + len(row["rejected"].encode())
-        self.ids, self.mask = np.frombuffer(ids, np.uint32), np.frombuffer(mask, np.uint8)
-        self.ends, self.tokens = np.frombuffer(ends, np.int64), len(ids)
+        self._keep("pairs", ids, mask, ends, tokenizer)
         self.seams, self.counts = np.array(seams, np.int64), np.array(counts, np.int64).reshape(-1, 2)
-        self.sources = {"pairs": Source(range(len(self)), self.tokens)}
-        self.vocab_size, self.tokenizer = tokenizer.vocab_size, tokenizer.digest
 
     def complete(self, batch: dict, rows: list[list[Span]]) -> dict:
         """Give both answers of each pair a doc_id of its own, and say which pairs they are."""
@@ -993,18 +994,14 @@ class PairRows(ChatRows):
 
 def _encode_answers(row: dict, tokenizer: Tokenizer, template: str | None) -> list[tuple[list, list]]:
     """Encode a pair's two conversations: [(ids, mask of the last reply), …], chosen and rejected."""
-    asked = row["messages"]
-    replies = [n for n, m in enumerate(asked, 1) if m["role"] == "assistant"]
-    # the trained tokens of earlier replies; they are the same in both, so they would cancel but for rounding
-    earlier = sum(tokenizer.encode_chat(asked[: replies[-1]], template=template)[1]) if replies else 0
-    answers = []
+    asked, answers = row["messages"], []
+    # a prefix of both; earlier replies in it would cancel but for rounding
+    given = len(tokenizer.encode_chat(asked, open_reply=True, template=template)[0])
+    assert given, "a target at the seam would let the chosen answer predict the rejected conversation"
     for name in ("chosen", "rejected"):
         messages = [*asked, {"role": "assistant", "content": row[name]}]
         ids, mask = tokenizer.encode_chat(messages, template=template)
-        mask = np.array(mask, np.uint8)
-        mask[np.flatnonzero(mask)[:earlier]] = 0
-        assert not mask[0], "what is asked comes first, so no answer predicts the other one's first token"
-        answers.append((list(ids), mask.tolist()))
+        answers.append((ids, [0] * given + mask[given:]))
     return answers
 
 

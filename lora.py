@@ -2,9 +2,9 @@
 
     y = W x + b + (alpha / rank) · B A x        A (R, in) drawn at random, B (out, R) zero at the start
 
-W never changes, so it has no gradient and no moments, it may be kept in bf16, and one base serves many
-adapters of some MB each. At the start the model is the base, bit for bit. `merge` adds the product to W and
-`unmerge` takes W back. A stage trains adapters with --lora; a saved step is then an adapter folder:
+In training W never changes, so it has no gradient and no moments, it may be kept in bf16, and one base serves
+many adapters of some MB each. At the start the model is the base, bit for bit. `merge` adds the product to W
+and `unmerge` takes W back. A stage trains adapters with --lora; a saved step is then an adapter folder:
 
     adapter_config.json  adapter_model.safetensors    as PEFT writes them; the first names the base's folder
     generation_config.json, tokenizer files, card     as in a model folder
@@ -13,8 +13,8 @@ A base may have got rows for new tokens (checkpoint.py resize). Adapters alone l
 made, and the model never learns to say the new tokens; --lora_new_rows trains them, in embedding and head.
 Those that the chat template needs are called `template`.
 
-    python sft.py --init out/run --data chat.jsonl --out out/sft --lora --lora_target all-linear
-    python sft.py --init yayi-7b --data chat.jsonl --out out/yayi --lora --lora_new_rows template
+    python sft.py --init out/run --data chat.jsonl --template plain --out out/sft --lora
+    python sft.py --preset yayi-lora --init yayi-7b --data chat.jsonl --out out/yayi --lora_new_rows template
     python generate.py out/sft                          # the base with its adapter, merged
     python lora.py merge out/sft --out out/merged       # a plain model folder
 

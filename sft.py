@@ -4,8 +4,8 @@
 
 A chat template (chat.py) writes a conversation as text and special tokens; of them only the replies and what
 ends each are targets. So the model learns to answer and to stop, and never to ask. Conversations are packed
-into rows like documents, each sees only itself; --no_packing pads rows of like length instead: the same
-gradients, fewer tokens a second.
+into rows like documents, each sees only itself; --no_packing pads rows of like length instead: each has
+the same gradient, fewer tokens fit a second.
 
     python sft.py --init out/run --data chat.jsonl --template plain --out out/sft --epochs 3 --lr 1e-3
     python sft.py --init out/sft --data more.json,domain/ --out out/sft2     # the folder knows its template
@@ -21,7 +21,7 @@ answer ("check") are counted right or wrong (--test FILE, else the held-out ones
 template and where a reply ends: `python generate.py out/sft --ask "…"` needs no flags.
 
 Wei et al. 2022, "Finetuned Language Models Are Zero-Shot Learners"; Ouyang et al. 2022, InstructGPT; Zhang &
-Yang 2023, XuanYuan 2.0 (hybrid tuning: --lm_mix); Hu et al. 2022, LoRA (lora.py).
+Yang 2023, XuanYuan 2.0 (hybrid tuning: --lm_mix); Hu et al. 2021, LoRA (lora.py).
 """
 
 from __future__ import annotations
@@ -153,9 +153,9 @@ PRESETS["yayi-multi-lora"] = PRESETS["yayi-sft"] | _lora | _multi
 
 
 def start_folder(cfg: FitConfig) -> Path:
-    """Find the folder that says tokenizer and shape: --init, or of a run that goes on its newest step.
+    """Find the folder that says tokenizer and shape: --init; on --resume the run's newest undamaged step.
 
-    Adapters need their base anyway, of which a step of theirs holds nothing.
+    A step of adapters holds nothing of their base, so with --lora it is always --init.
     """
     if not cfg.init:
         raise ValueError("--init is missing: the model folder or the run to start from")
@@ -222,7 +222,7 @@ def template_rows(cfg: FitConfig, tokenizer: Tokenizer) -> tuple[FitConfig, list
 def split(rows: list[dict], val: float | None) -> tuple[list[dict], list[dict]]:
     """Split rows into (train, held) by --val, as data.hold_out; None: a 20th of them, at most 2,000."""
     try:
-        return hold_out(rows, min(0.05, 2000 / len(rows)) if val is None else val)
+        return hold_out(rows, min(len(rows) // 20, 2000) if val is None else val)
     except ValueError as error:
         raise ValueError(f"--val: {error}; 0 holds out none") from None
 

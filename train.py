@@ -627,9 +627,7 @@ def describe(model: Model, cfg: FitConfig, p: Plan, about: list[str], process: c
         print(f"adapters: {trained:,} parameters beside them are trained")
     elif trained < n:
         print(f"only {trained:,} of them are trained: fewer FLOPs than those stated")
-    print(
-        f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations (see --plan)"
-    )
+    print(f"memory: {memory:.2f} GB a rank for weights, gradients and moments, before activations")
     print(f"disk: {disk / 1e9:.2f} GB for the saved steps that are kept and the one being written", end="; ")
     free = shutil.disk_usage(cfg.out).free
     print(

@@ -333,7 +333,8 @@ def test_a_check_may_be_a_number(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("count", "val", "held"), [(1000, None, 50), (41000, None, 2000), (41000, 0.05, 2050)]
+    ("count", "val", "held"),
+    [(19, None, 0), (20, None, 1), (1000, None, 50), (41000, None, 2000), (41000, 0.05, 2050)],
 )
 def test_by_default_a_20th_is_held_out_and_at_most_2000(count, val, held):
     rows = [{"messages": [say("user", str(n))]} for n in range(count)]
