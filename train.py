@@ -52,6 +52,7 @@ import state
 from data import (
     IGNORE,
     Batches,
+    Documents,
     Mixture,
     RowStream,
     Shards,
@@ -676,7 +677,7 @@ def next_token_loss(
 @torch.no_grad()
 def validate(
     model: nn.Module,
-    shards: Shards,
+    shards: Documents,
     width: int,
     rows: int,
     process: common.Process,
