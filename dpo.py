@@ -66,6 +66,7 @@ from train import (
     Sums,
     adapter_identity,
     begin,
+    changes,
     fit,
     open_run,
     plan,
@@ -506,15 +507,8 @@ def refuse_changes(cfg: DPOConfig, identity: dict) -> None:
     """Refuse to resume what has changed, as `fit` will, but before the reference is computed for it."""
     steps = reversed(state.saved_steps(Path(cfg.out)) if cfg.resume else [])
     folder = next((step for step in steps if not state.damage(step, tensors=False)), None)
-    if folder is None:
-        return
-    saved = state.read_manifest(folder)["extra"]["identity"]
-    changed = [k for k in saved | identity if saved.get(k) != identity.get(k)]
-    if changed and (not cfg.force or "optimizer" in changed):
-        remedy = "--init takes its weights" if "optimizer" in changed else "--force goes on all the same"
-        lines = [f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in changed]
-        what = f"{folder} cannot be resumed, because this changed ({remedy}):"
-        raise ValueError("\n".join([what, *lines]))
+    if folder:
+        changes(folder, identity, cfg.force)
 
 
 def check_template(folder: str, template: str) -> None:

@@ -315,21 +315,30 @@ def fit(
 ORDER = {"data", "row_tokens", "seed", "mixture", "packing"}  # what the order of the data depends on
 
 
+def changes(folder: Path, identity: dict, force: bool) -> dict[str, str]:
+    """Say what differs between a saved step and the run that is to go on from it: {name: a line about it}.
+
+    ValueError lists it, unless forced; another optimizer cannot be forced, as the step has not its state.
+    """
+    saved = state.read_manifest(folder)["extra"]["identity"]
+    names = [k for k in saved | identity if saved.get(k) != identity.get(k)]
+    lines = {k: f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in names}
+    if lines and (not force or "optimizer" in lines):
+        remedy = "--init takes its weights" if "optimizer" in lines else "--force goes on all the same"
+        what = f"{folder} cannot be resumed, because this changed ({remedy}):"
+        raise ValueError("\n".join([what, *lines.values()]))
+    return lines
+
+
 def _resume(run: Path, model, optimizer, batches, process, identity: dict, force: bool) -> dict:
     """Restore the newest whole step, give its `extra`; ValueError if what it was trained on has changed."""
     folder = state.newest_step(run, process)
     extra = state.read_manifest(folder)["extra"]
-    saved = extra["identity"]
-    changed = [k for k in saved | identity if saved.get(k) != identity.get(k)]
-    lines = [f"  {k}: {saved.get(k)!r} when saved, {identity.get(k)!r} now" for k in changed]
-    if changed and (not force or "optimizer" in changed):
-        remedy = "--init takes its weights" if "optimizer" in changed else "--force goes on all the same"
-        what = f"{folder} cannot be resumed, because this changed ({remedy}):"
-        raise ValueError("\n".join([what, *lines]))
+    changed = changes(folder, identity, force)
     state.load_step(folder, model, optimizer, process)
     if process.first:
         state.set_aside(run, folder)
-        print("\n".join([f"resuming from {folder}", *(f"forced:{line}" for line in lines)]))
+        print("\n".join([f"resuming from {folder}", *(f"forced:{line}" for line in changed.values())]))
     if not ORDER.intersection(changed):
         batches.load_state(extra["batches"])
     elif process.first:
