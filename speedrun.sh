@@ -3,15 +3,17 @@
 # corpus -> clean -> tokenizer -> pack -> pretrain -> instruction tuning, full and LoRA -> preferences.
 #   bash speedrun.sh                  the token budget is chosen by a quick probe of this machine
 #   bash speedrun.sh --budget full    full | half | quarter | tiny (tiny: seconds, for continuous integration)
+#   bash speedrun.sh --seed 2         another world and another initialisation
 set -euo pipefail
 cd "$(dirname "$0")"
 
-budget=auto out=out/speedrun
+budget=auto out=out/speedrun seed=1
 while [ $# -gt 0 ]; do
     case $1 in
         --budget) budget=${2:?--budget needs full, half, quarter, tiny or auto}; shift 2 ;;
         --out) out=${2:?--out needs a folder}; shift 2 ;;
-        *) echo "error: unknown argument $1 (known: --budget, --out)" >&2; exit 2 ;;
+        --seed) seed=${2:?--seed needs a number}; shift 2 ;;
+        *) echo "error: unknown argument $1 (known: --budget, --out, --seed)" >&2; exit 2 ;;
     esac
 done
 case $budget in full | half | quarter | tiny | auto) ;; *)
@@ -37,7 +39,7 @@ stage() {  # stage NAME COMMAND...: run it, its output goes to NAME.log, one lin
     summary+="$name $((SECONDS - start)) s, "
 }
 
-stage corpus "$PYTHON" demo_corpus.py --out "$out/demo"
+stage corpus "$PYTHON" demo_corpus.py --out "$out/demo" --seed "$seed"
 stage clean "$PYTHON" clean.py "$out/demo/pretrain" --out "$out/clean"
 stage tokenizer "$PYTHON" tokenizer.py train "$out/clean" --vocab_size 3072 \
     --character_coverage 1 --out "$out/tok"
@@ -45,7 +47,7 @@ stage pack "$PYTHON" data.py pack "$out/clean" --tokenizer "$out/tok" --out "$ou
 
 train=("$PYTHON" train.py --preset demo --data "$out/shards" --row_tokens 256 --tokens_per_step 4096
        --optimizer muon --lr 4e-3 --schedule wsd --decay 0.4 --warmup 50 --final_lr 0.02
-       --save_every 0 --eval_every 100)
+       --save_every 0 --eval_every 100 --seed "$seed")
 if [ "$budget" = auto ]; then
     # the probe: a few steps tell the tokens per second; pretraining aims at four minutes
     stage probe "${train[@]}" --out "$out/probe" --steps 12 --eval_every 0
@@ -72,7 +74,7 @@ answers() {  # answers NAME: how many of them the model of a stage gets right
         --temperature 0 --max_new_tokens 40 --batch 64
 }
 tune=(--row_tokens 256 --tokens_per_step 2048 --test "$heldout" --test_rows 100 --max_new_tokens 40 --eval_every 0
-      --save_every 0 --keep 1 --schedule linear --warmup 10 $short)
+      --save_every 0 --keep 1 --schedule linear --warmup 10 --seed "$seed" $short)
 answers run
 stage sft "$PYTHON" sft.py --init "$out/run" --data "$out/demo/sft.jsonl" --template plain --out "$out/sft" \
     "${tune[@]}" --epochs 1 --lr 1e-3

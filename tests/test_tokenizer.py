@@ -471,7 +471,7 @@ def test_max_chars_samples_the_whole_corpus(tmp_path, capsys):
     )
     models = []
     for n, seed in enumerate((0, 0, 1)):
-        train(Train([str(docs)], str(tmp_path / f"t{n}"), 272, max_chars=8000, seed=seed))
+        train(Train([str(docs)], str(tmp_path / f"t{n}"), 273, max_chars=8000, seed=seed))
         models.append(load_tokenizer(tmp_path / f"t{n}"))
     assert "learnt from 8K of 40K characters" in capsys.readouterr().out
     assert models[0].digest == models[1].digest
@@ -579,3 +579,12 @@ def test_stats_warn_of_json_escapes_and_lossy_options(tmp_path, folders, capsys)
     assert re.search("warning: nTh.*JSON escapes", capsys.readouterr().out)
     tok.stats(tok.Stats(str(folders["bpe-nfkc"]), [str(tmp_path / "a.jsonl")]))
     assert re.search("full width +FAIL .*'ＡＢＣ.* came back as 'ABC", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram", "char"])
+def test_a_space_comes_back_although_the_training_text_had_none(tmp_path, kind):
+    (tmp_path / "a.txt").write_text("我爱白纸你好世界\n\n他有三只猫\n\n" * 30, "utf-8")
+    tok.train(tok.Train([str(tmp_path / "a.txt")], str(tmp_path / "tok"), kind=kind, vocab_size=277))
+    tokenizer = tok.load_tokenizer(tmp_path / "tok")
+    for text in ("我 爱", " a  b ", "▁"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
