@@ -81,6 +81,14 @@ def run(*commands: Callable, doc: str = "") -> None:
         os._exit(1)
 
 
+def typed_flags(config) -> dict:
+    """Give the fields of a dataclass whose flags stand on the command line, with their values."""
+    flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
+    words = {flag.lstrip("-").replace("-", "_") for flag in flags}
+    words |= {word.removeprefix("no_") for word in words}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name in words}
+
+
 # --- 2. documents -------------------------------------------------------------------------------------------
 
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.zst", ".jsonl.zst", ".parquet")

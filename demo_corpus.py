@@ -890,7 +890,7 @@ def task_rows(world: World, rng: random.Random, count: int) -> list[dict]:
     return rows
 
 
-def preference_rows(world: World, seed: int, count: int = 1000) -> list[dict]:
+def preference_rows(world: World, seed: int, count: int = 3000) -> list[dict]:
     """Write preference pairs: chosen is right and well-formed; rejected is one of five ways to be bad."""
     rng = random.Random(f"dpo {seed}")
     taught = world.taught()

@@ -543,6 +543,8 @@ class MakeRejectedConfig(Sampling):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.stop or self.num_beams > 1:
+            raise ValueError("--stop, --num_beams: a reply is sampled, and ends where its template says")
         if not 0 < self.max_similar <= 1:
             raise ValueError(f"--max_similar {self.max_similar} must lie in (0, 1]")
         if self.batch < 1:

@@ -206,6 +206,16 @@ class KVCache:
         """Tokens that fit in a row."""
         return self.k.shape[3]
 
+    def take(self, rows: torch.Tensor) -> None:
+        """Become the rows (N,) of this cache, in that order; one may stand there several times."""
+        used, same = int(self.lengths.max()), len(rows) == len(self.lengths)
+        for name in "kv":
+            old = getattr(self, name)
+            new = old if same else old.new_zeros(old.shape[0], len(rows), *old.shape[2:])
+            new[:, :, :, :used] = old[:, rows, :, :used]
+            setattr(self, name, new)
+        self.lengths = self.lengths[rows]
+
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, positions: torch.Tensor):
         """Store k, v (B, K, T, D) at positions (B, T); return all of the layer's: two (B, K, S, D)."""
         keys, values = self.k[layer], self.v[layer]
@@ -230,6 +240,7 @@ class Positions:
     lo: torch.Tensor | None = None  # (B, T) first key that each query sees
     cache: KVCache | None = None
     empty: bool = False  # the cache holds nothing yet, so the new tokens see only one another
+    used: int = 0  # of the cache, by the longest row with its new tokens; known for more than one of them
 
 
 def check_length(config: ModelConfig, length: int) -> None:
@@ -341,6 +352,7 @@ class Attention(nn.Module):
             elif T <= 8:  # a decoding step reads only the used part of the cache
                 y = kernels.attention_decode(q, keys, values, lengths, at.slopes)
             else:
+                keys, values = keys[:, :, : at.used], values[:, :, : at.used]
                 y = kernels.attention(q, keys, values, start=lengths, slopes=at.slopes)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.heads * self.head_dim))
 
@@ -496,11 +508,10 @@ class Model(nn.Module):
         if cache is not None:
             assert doc_ids is None, "a cache row is one document"
             # not for one token: who decodes has sized the cache, and asking would wait for the device
-            if T > 1 and int(cache.lengths.max()) + T > cache.size:
+            used = int(cache.lengths.max()) + T if T > 1 else 0
+            if used > cache.size:
                 raise ValueError(f"{T} more tokens, padding included, do not fit a cache of {cache.size}")
-            at = Positions(
-                cache.lengths[:, None] + steps, cache=cache, empty=T > 1 and not cache.lengths.any()
-            )
+            at = Positions(cache.lengths[:, None] + steps, cache=cache, empty=used == T, used=used)
         elif doc_ids is not None:
             lo = document_starts(doc_ids)
             at = Positions(steps - lo, lo=lo)

@@ -83,7 +83,7 @@ stage lora "$PYTHON" sft.py --init "$out/run" --data "$out/demo/sft.jsonl" --tem
     "${tune[@]}" --epochs 1 --lora --lora_target all-linear --lora_rank 64 --lora_alpha 128 --lr 2e-3
 answers lora
 stage dpo "$PYTHON" dpo.py --init "$out/sft" --data "$out/demo/dpo.jsonl" --out "$out/dpo" \
-    "${tune[@]}" --epochs 3 --lr 4e-5 --beta 0.5
+    "${tune[@]}" --val 200 --epochs 2 --lr 4e-5 --beta 2
 answers dpo
 echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
 echo "go on: .venv/bin/python generate.py $out/dpo --ask '介绍一下你自己。'"

@@ -1063,7 +1063,7 @@ def train_model(lines: Iterable[str], vocab_size: int, specials: Iterable[str] =
         "add_dummy_prefix": False,
         "remove_extra_whitespaces": False,
         "allow_whitespace_only_pieces": True,  # indentation: four spaces may be one piece
-        "required_chars": SPACE,  # else a text without spaces teaches none, and one typed later comes back as ▁
+        "required_chars": SPACE,  # a text may hold none; one that is typed later would come back as ▁
         "character_coverage": 0.9995,
         "max_sentencepiece_length": 16,
         "control_symbols": list(specials),  # not user_defined_symbols: those would be found in text

@@ -129,6 +129,7 @@ class TrainConfig(FitConfig):
     vocab_size: int = 0  # rows of the embedding; 0: the preset's, or the tokenizer's rounded up to 64
     hidden_size: int = 0  # changes the preset; 0: as it is
     num_hidden_layers: int = 0  # changes the preset; 0: as it is
+    max_position_embeddings: int = 0  # the context in tokens, changes the preset; 0: as it is
     train_only: str = ""  # these parameters alone: "embed_tokens,lm_head" after a vocabulary has grown
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator: keeps logits small (1e-4)
     buckets: str = ""  # several lengths of rows, "2048,4096,8192,16384": each step's rows have one of them
@@ -486,7 +487,7 @@ def begin(cfg: Settings) -> tuple[Settings, common.Process]:
     if cfg.resume:
         cfg = saved_settings(cfg)
     if isinstance(cfg, lora.LoraConfig):
-        cfg.check_used(typed_flags(cfg))
+        cfg.check_used(common.typed_flags(cfg))
     process = common.start_process(cfg.device, cfg.timeout)
     if not cfg.resume and started_again(run):
         cfg = saved_settings(cfg, {})  # its flags are in them, and --init names a step by now
@@ -496,23 +497,15 @@ def begin(cfg: Settings) -> tuple[Settings, common.Process]:
     return cfg, process
 
 
-def typed_flags(cfg: FitConfig) -> dict:
-    """Give the settings whose flags stand on the command line."""
-    flags = (word.split("=")[0] for word in sys.argv if word.startswith("--"))
-    words = {flag.lstrip("-").replace("-", "_") for flag in flags}
-    words |= {word.removeprefix("no_") for word in words}
-    return {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg) if f.name in words}
-
-
 def with_preset(cfg: Settings, presets: dict[str, dict]) -> Settings:
     """Put the settings of --preset in force, but for those that were typed."""
-    typed, recipe = typed_flags(cfg), presets[cfg.preset] if cfg.preset else {}
+    typed, recipe = common.typed_flags(cfg), presets[cfg.preset] if cfg.preset else {}
     return dataclasses.replace(cfg, **{name: v for name, v in recipe.items() if name not in typed})
 
 
 def saved_settings(cfg: Settings, typed: dict | None = None) -> Settings:
     """Take the settings from run.json, but for `typed`; None: what is typed beside --resume."""
-    typed = typed_flags(cfg) if typed is None else typed
+    typed = common.typed_flags(cfg) if typed is None else typed
     path = Path(cfg.out) / "run.json"
     if not path.exists():
         raise ValueError(f"{path}: no such file, so there is no run to resume in {cfg.out}")
@@ -811,12 +804,13 @@ def model_config(cfg: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
         )
     change: dict = {"dropout": cfg.dropout}
     change |= {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "pad")}
-    if cfg.init and (cfg.hidden_size or cfg.num_hidden_layers or cfg.vocab_size):
-        raise ValueError(
-            "--init takes the shape of its folder; leave out --hidden_size, --num_hidden_layers, --vocab_size"
-        )
-    if cfg.num_hidden_layers:
-        change["num_hidden_layers"] = cfg.num_hidden_layers
+    shape = ("hidden_size", "num_hidden_layers", "max_position_embeddings", "vocab_size")
+    if cfg.init and any(getattr(cfg, name) for name in shape):
+        flags = ", ".join(f"--{name}" for name in shape)
+        raise ValueError(f"--init takes the shape of its folder; leave out {flags}")
+    for name in ("num_hidden_layers", "max_position_embeddings"):
+        if getattr(cfg, name):
+            change[name] = getattr(cfg, name)
     if cfg.hidden_size:  # the size of a head and the MLP's ratio stay
         if cfg.hidden_size % config.head_dim:
             raise ValueError(
@@ -932,7 +926,8 @@ def show_plan(cfg: TrainConfig) -> None:
     wanted["gpus"] = cfg.gpus or int(os.environ.get("WORLD_SIZE", 1))
     wanted["tokens"] = cfg.tokens or cfg.steps * cfg.tokens_per_step
     config = None
-    if not cfg.data and (cfg.init or cfg.hidden_size or cfg.num_hidden_layers or cfg.buckets):
+    changed = cfg.hidden_size or cfg.num_hidden_layers or cfg.max_position_embeddings
+    if not cfg.data and (cfg.init or changed or cfg.buckets):
         raise ValueError("--plan without --data takes a --preset as it is; give --data for the other flags")
     if cfg.data:
         folders, _ = split_weights(cfg.data)

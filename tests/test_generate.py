@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import generate as gen
 import kernels
 import tokenizer as tok
 from generate import Sampling, generate
-from model import KVCache, ModelConfig, build, init_weights
+from model import KVCache, Model, ModelConfig, build, init_weights
 
 FAMILIES = ("llama-tied", "phi", "bloom")  # grouped heads and a tied head; biases; 6 heads and ALiBi
 SENTENCE = "我爱😀和🀄，还有👨‍👩‍👧，以及𠮷！"  # what the small trained model knows by heart
@@ -152,7 +153,7 @@ def test_fuse_follows_the_rows_that_are_asked_last(made):
 def test_score_of_one_token_is_empty(made):
     for family in FAMILIES:
         model, _ = loaded(made(family)[1])
-        assert gen.score(model, [5]).shape == (0,)
+        assert gen.score(model, [[5]])[0].shape == (0,)
 
 
 def test_any_of_several_eos_ids_ends_a_text(scholar, tmp_path):
@@ -163,6 +164,7 @@ def test_any_of_several_eos_ids_ends_a_text(scholar, tmp_path):
     config = json.loads((tmp_path / "two/config.json").read_text())
     config["eos_token_id"] = [2, whole[3]]
     (tmp_path / "two/config.json").write_text(json.dumps(config))
+    (tmp_path / "two/generation_config.json").unlink()  # it would win
     model, _ = loaded(tmp_path / "two")
     assert generate(model, [ids], greedy(8))[0] == whole[: whole.index(whole[3])]
     checkpoint.save_model(checkpoint.load_model(tmp_path / "two"), tmp_path / "copy")
@@ -180,7 +182,7 @@ def test_score_is_the_cross_entropy_of_the_plain_model_and_of_transformers(famil
         want = F.cross_entropy(hf(row).logits[0, :-1], row[0, 1:], reduction="none")
         nll = plain(row[:, :-1], row[:, 1:])[0]
     for model in (plain, fused):
-        have = gen.score(model, ids)
+        have = gen.score(model, [ids])[0]
         assert have.dtype == torch.float32 and have.shape == (len(ids) - 1,)
         torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(have, nll, rtol=1e-4, atol=1e-4)
@@ -358,6 +360,12 @@ def test_every_prompt_can_have_its_own_sampling(made):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"top_p": float("nan")},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"no_repeat_ngram_size": -1},
+        {"stop": ("",)},
+        {"num_beams": 0},
+        {"length_penalty": float("inf")},
     ],
 )
 def test_a_sampling_that_makes_no_sense_is_refused_by_the_name_of_its_flag(bad):
@@ -544,6 +552,439 @@ def test_the_tokenizers_eos_serves_where_the_config_has_none(scholar, tmp_path):
     assert tokenizer.decode(generate(model, [[1]], greedy(100))[0]) == SENTENCE
 
 
+# --- rules on the logits, beams -----------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def hf_generate(hf, prompt, n, eos=None, **settings):
+    """Continue one prompt by transformers' generate; give the new tokens without the EOS that ends them."""
+    ids = torch.tensor([prompt])
+    settings = {"do_sample": False, "max_new_tokens": n, "pad_token_id": 0, "eos_token_id": eos, **settings}
+    new = hf.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, len(prompt) :].tolist()
+    ends = [i for i, t in enumerate(new) if t == eos]
+    return new[: ends[0]] if ends else new
+
+
+def test_every_rule_changes_the_logits_as_in_transformers():
+    from transformers import (
+        MinPLogitsWarper,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    rng = torch.Generator().manual_seed(1)
+    for n in range(120):
+        logits = torch.randn(40, generator=rng) * 3
+        ids = torch.randint(0, 8, (1 + n % 30,), generator=rng)
+        s = Sampling(
+            temperature=(0.5, 1.0, 1.3)[n % 3],
+            top_k=(0, 5, 20)[n % 3],
+            top_p=(1.0, 0.6, 0.95, 0.3)[n % 4],
+            min_p=(0.0, 0.05, 0.4)[n // 3 % 3],
+            repetition_penalty=(1.0, 1.3, 0.8)[n // 2 % 3],
+            no_repeat_ngram_size=n % 5,
+        )
+        processors = [
+            s.repetition_penalty != 1 and RepetitionPenaltyLogitsProcessor(s.repetition_penalty),
+            s.no_repeat_ngram_size > 0 and NoRepeatNGramLogitsProcessor(s.no_repeat_ngram_size),
+            s.temperature != 1 and TemperatureLogitsWarper(s.temperature),
+            s.top_k > 0 and TopKLogitsWarper(s.top_k),
+            s.top_p < 1 and TopPLogitsWarper(s.top_p),
+            s.min_p > 0 and MinPLogitsWarper(s.min_p),
+        ]
+        want = logits[None]
+        for processor in filter(None, processors):
+            want = processor(ids[None], want)
+        have = gen.logits_to_probs(gen.apply_rules(logits, ids.tolist(), s), s)
+        assert torch.equal(have > 0, want[0].softmax(-1) > 0), s
+        torch.testing.assert_close(have, want[0].softmax(-1))
+
+
+def test_the_repetition_penalty_by_hand():
+    s = Sampling(repetition_penalty=2.0)
+    logits = torch.tensor([3.0, -1.0, 3.0, -1.0])
+    assert gen.apply_rules(logits, [2, 3, 3], s).tolist() == [3.0, -1.0, 1.5, -2.0]
+    assert logits.tolist() == [3.0, -1.0, 3.0, -1.0]
+
+
+RULES = [
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.9, "no_repeat_ngram_size": 3},
+    {"no_repeat_ngram_size": 1},
+    {"no_repeat_ngram_size": 2, "repetition_penalty": 1.1},
+]
+
+
+@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_under_rules_is_transformers_alone_and_in_a_ragged_batch(family, rules, made):
+    hf, folder = made(family)
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    want = [hf_generate(hf, p, 20, **rules) for p in prompts]
+    assert want != [hf_generate(hf, p, 20) for p in prompts], "the rules do something"
+    sampling = greedy(20, ignore_eos=True, **rules)
+    assert generate(model, prompts, sampling) == want
+    assert [generate(model, [p], sampling)[0] for p in prompts] == want
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_no_ngram_stands_twice(n, made):
+    model, tokenizer = loaded(made("phi")[1])
+    prompt = tokenizer.encode_prompt("你好世界")
+    for seed in range(3):
+        s = Sampling(max_new_tokens=80, temperature=0.3, no_repeat_ngram_size=n, seed=seed, ignore_eos=True)
+        text = prompt + generate(model, [prompt], s)[0]
+        new = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        assert len(set(new)) == len(new) and len(text) == len(prompt) + 80
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 2},
+        {"num_beams": 4, "length_penalty": 0.0},
+        {"num_beams": 4, "length_penalty": 2.0, "early_stopping": True},
+        {"num_beams": 3, "length_penalty": -1.0, "no_repeat_ngram_size": 2},
+        {"num_beams": 5, "length_penalty": 0.6, "repetition_penalty": 1.3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beam_search_is_transformers_alone_and_in_a_ragged_batch(family, settings, made):
+    hf, folder = made(family)
+    model, tokenizer = loaded(folder)
+    prompts = prompts_of(tokenizer)
+    free = generate(model, prompts, greedy(12, ignore_eos=True, **settings))
+    likely = [t for row in free for t in row[:11]]
+    lengths = set()
+    for eos in sorted(set(likely), key=likely.count)[-3:] + [likely[3]]:  # tokens that often end a beam
+        model.config.eos_token_id = eos
+        want = [hf_generate(hf, p, 12, eos=eos, **settings) for p in prompts]
+        sampling = greedy(12, **settings)
+        assert generate(model, prompts, sampling) == want
+        assert [generate(model, [p], sampling)[0] for p in prompts] == want
+        lengths |= {len(row) for row in want}
+    assert len(lengths) > 1, "some end by EOS, some at max_new_tokens"
+
+
+def test_one_beam_is_greedy_and_more_find_a_likelier_text(made):
+    model, tokenizer = loaded(made("llama-tied")[1])
+    prompt = tokenizer.encode_prompt("你好")
+
+    def logp(new):
+        return -float(gen.score(model, [prompt + new])[0][-len(new) :].sum())
+
+    single = generate(model, [prompt], greedy(16, ignore_eos=True))[0]
+    beamed = generate(model, [prompt], greedy(16, num_beams=8, ignore_eos=True))[0]
+    assert len(single) == len(beamed) == 16 and logp(beamed) > logp(single)
+
+
+def test_beams_that_sample_stop_at_texts_or_differ_are_refused(made):
+    model, tokenizer = loaded(made("phi")[1])
+    for bad in (Sampling(num_beams=2), greedy(4, num_beams=2, stop=("a",))):
+        with pytest.raises(
+            ValueError, match="--num_beams above 1 needs --temperature 0, and knows no --stop"
+        ):
+            generate(model, [[5]], bad, tokenizer)
+    with pytest.raises(ValueError, match="num_beams must be the same for all prompts, not 2 and 3"):
+        generate(model, [[5], [6]], [greedy(4, num_beams=2), greedy(4, num_beams=3)])
+    with pytest.raises(ValueError, match="stop texts are found with the tokenizer"):
+        generate(model, [[5]], greedy(4, stop=("a",)))
+
+
+def test_beams_end_where_a_rope_context_ends(made):
+    model, _ = loaded(made("phi")[1])
+    rng = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(4, 300, (n,), generator=rng).tolist() for n in (CONTEXT - 5, 3, CONTEXT)]
+    out = generate(model, prompts, greedy(40, num_beams=3, ignore_eos=True))
+    assert [len(row) for row in out] == [5, 40, 0]
+
+
+# --- stop texts ----------------------------------------------------------------------------------------------
+
+
+def test_a_stop_text_is_found_across_tokens_and_is_not_part_of_the_text(scholar):
+    model, tokenizer = loaded(scholar)
+    ids = tokenizer.encode_prompt("我爱")
+    whole = gen.complete(model, tokenizer, [ids], greedy(100))[0]
+    assert "我爱" + whole == SENTENCE
+    for n in range(1, 4):
+        for i in range(len(whole) - n):
+            stop = whole[i : i + n]
+            sampling = greedy(100, stop=("never", stop))
+            want = whole[: whole.index(stop)]
+            assert "".join(gen.stream(model, tokenizer, ids, sampling)) == want
+            assert gen.complete(model, tokenizer, [ids, ids], [sampling, greedy(100)]) == [want, whole]
+
+
+def test_a_stop_text_ends_the_work_and_half_of_one_is_given_in_the_end(scholar):
+    model, tokenizer = loaded(scholar)
+    ids = tokenizer.encode_prompt("我爱")
+    stopped = generate(model, [ids], greedy(100, stop=("和",)), tokenizer)[0]
+    assert tokenizer.decode(stopped, at_start=False).endswith("和")
+    assert len(stopped) < len(generate(model, [ids], greedy(100))[0])
+    assert "我爱" + gen.complete(model, tokenizer, [ids], greedy(100, stop=("！？",)))[0] == SENTENCE
+
+
+class Letters:
+    """A tokenizer of one letter a token, and one special token."""
+
+    special_id = {"<end>": 7}
+
+    def stream(self, at_start):
+        decoder = type("Decoder", (), {})()
+        decoder.push, decoder.flush = (lambda i: "" if i == 7 else chr(i)), lambda: ""
+        return decoder
+
+
+def pushed(writer, text):
+    return [writer.push(ord(c)) for c in text]
+
+
+def test_the_earliest_stop_text_counts_even_where_they_overlap():
+    writer = gen.Writer(Letters(), ("cd", "bcx", "b!"))
+    assert pushed(writer, "abcd") == ["a", "", "", "b"] and writer.ended
+    writer = gen.Writer(Letters(), ("aab",))
+    assert "".join(pushed(writer, "aaab")) + writer.flush() == "a" and writer.ended
+
+
+def test_stop_texts_are_looked_for_behind_the_lead_and_may_be_special_tokens():
+    writer = gen.Writer(Letters(), ("\n", "<end>"), lead=":\n")
+    assert pushed(writer, ":\nab\n") == ["", "", "a", "b", ""] and writer.ended
+    writer = gen.Writer(Letters(), ("<end>",), lead=":\n")
+    assert pushed(writer, ":ab") == ["", ":a", "b"] and not writer.ended
+    assert writer.push(7) == "" and writer.ended and writer.push(ord("c")) == ""
+
+
+# --- a shared beginning --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """Count the tokens that the model is given: a list of the sizes of its inputs."""
+    sizes, forward = [], Model.forward
+
+    def counted(self, ids, *args, **kwargs):
+        sizes.append(ids.numel())
+        return forward(self, ids, *args, **kwargs)
+
+    monkeypatch.setattr(Model, "forward", counted)
+    return sizes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_prompts_begin_with_is_computed_once(family, made, computed):
+    hf, folder = made(family)
+    model, _ = loaded(folder)
+    rng = torch.Generator().manual_seed(5)
+    common, *ends = (torch.randint(4, 300, (n,), generator=rng).tolist() for n in (60, 1, 7, 12))
+    prompts = [common + end for end in ends]
+    want = [hf_generate(hf, p, 8) for p in prompts]
+    computed.clear()
+    assert generate(model, prompts, greedy(8, ignore_eos=True)) == want
+    assert computed[:2] == [60, 3 * 12]
+    assert generate(model, [prompts[0]] * 2, greedy(8, ignore_eos=True)) == want[:1] * 2
+    prefix = gen.Prefix()
+    for prompt, row in zip(prompts, want):
+        assert generate(model, [prompt], greedy(8, ignore_eos=True), prefix=prefix) == [row]
+        assert prefix.ids == (prompt + row)[:-1], "the last token was never read"
+    beams = greedy(8, num_beams=3, ignore_eos=True)
+    assert generate(model, prompts, beams) == [hf_generate(hf, p, 8, num_beams=3) for p in prompts]
+
+
+def test_a_conversation_computes_only_what_is_new(made, computed):
+    model, _ = loaded(made("llama-tied")[1])
+    rng = torch.Generator().manual_seed(6)
+    prefix, text = gen.Prefix(), []
+    for turn in range(3):
+        text = text + torch.randint(4, 300, (10,), generator=rng).tolist()
+        computed.clear()
+        new = generate(model, [text], greedy(6, ignore_eos=True), prefix=prefix)[0]
+        assert computed[0] == (10 if turn == 0 else 11), "the last token of the reply, and the question"
+        assert new == generate(model, [text], greedy(6, ignore_eos=True))[0]
+        text = text + new
+    other = [9, *text[1:]]  # nothing shared
+    assert generate(model, [other], greedy(4), prefix=prefix) == generate(model, [other], greedy(4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_are_scored_together_as_alone(family, made):
+    model, tokenizer = loaded(made(family)[1])
+    rows = [tokenizer.encode_document(text) for text in ("你好世界", "the quick brown fox", "", "我")]
+    for row, nll in zip(rows, gen.score(model, rows)):
+        torch.testing.assert_close(nll, gen.score(model, [row])[0])
+
+
+# --- conversations -------------------------------------------------------------------------------------------
+
+
+def test_a_history_is_shortened_by_whole_turns_and_the_newest_question_stays(tokenizer):
+    rng = random.Random(1)
+    for n in range(60):
+        messages = [{"role": "system", "content": "你好" * rng.randint(0, 3)}] if n % 3 == 0 else []
+        for _ in range(rng.randint(0, 4)):
+            messages += [
+                {"role": "user", "content": "我爱白纸" * rng.randint(1, 6)},
+                {"role": "assistant", "content": "the quick " * rng.randint(1, 6)},
+            ]
+        messages.append({"role": "user", "content": "你好世界以及" * rng.randint(1, 9)})
+        most = rng.randint(30, 120)
+        kept = gen.fit_history(messages, tokenizer, most, "plain")
+        ids, _ = tokenizer.encode_chat(kept, open_reply=True, template="plain")
+        assert len(ids) <= most
+        system = [m for m in messages if m["role"] == "system"]
+        assert kept[: len(system)] == system
+        turns = kept[len(system) :]
+        assert [m["role"] for m in turns] == ["user", "assistant"] * (len(turns) // 2) + ["user"]
+        assert messages[-1]["content"].startswith(turns[-1]["content"]) and turns[-1]["content"]
+        assert turns[:-1] == messages[len(messages) - len(turns) : -1]
+        if turns[-1] != messages[-1]:  # cut: then nothing else is left, and one character more is too much
+            more = messages[-1] | {"content": messages[-1]["content"][: len(turns[-1]["content"]) + 1]}
+            ids, _ = tokenizer.encode_chat([*system, more], open_reply=True, template="plain")
+            assert len(turns) == 1 and len(ids) > most
+        elif len(kept) < len(messages):  # the turn that went did not fit
+            more = system + messages[len(messages) - len(turns) - 2 :]
+            ids, _ = tokenizer.encode_chat(more, open_reply=True, template="plain")
+            assert len(ids) > most
+    with pytest.raises(ValueError, match="leaves no room"):
+        gen.fit_history([{"role": "system", "content": "我" * 90}, messages[-1]], tokenizer, 60, "plain")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Note the prompts that decode is given, each with how much of it the cache held."""
+    prompts, decode = [], gen.decode
+
+    def noted(model, rows, sampling, ends=None, prefix=None):
+        prompts.append((rows[0], prefix.known(rows) if prefix else 0))
+        return decode(model, rows, sampling, ends, prefix)
+
+    monkeypatch.setattr(gen, "decode", noted)
+    return prompts
+
+
+def test_a_chat_reads_its_history_and_computes_only_what_is_new(scholar, asked):
+    model, tokenizer = loaded(scholar)
+    talk = gen.Chat(model, tokenizer, greedy(8), "plain")
+    talk.reset("好")
+    replies = ["".join(talk.reply(text)) for text in ("我爱", "以及")]
+    want = [{"role": "system", "content": "好"}]
+    for text, reply, (ids, _) in zip(("我爱", "以及"), replies, asked):
+        want.append({"role": "user", "content": text})
+        assert ids == tokenizer.encode_chat(want, open_reply=True, template="plain")[0]
+        want.append({"role": "assistant", "content": reply.strip()})
+    assert talk.messages == want and talk.note == ""
+    assert asked[1][1] >= len(asked[0][0]) > 0, "all of the first question was known"
+    talk.reset()
+    assert talk.messages == want[:1]
+    talk.reset("")
+    assert talk.messages == []
+
+
+def test_a_chat_says_what_it_forgets(scholar):
+    model, tokenizer = loaded(scholar)
+    talk = gen.Chat(model, tokenizer, greedy(20), "plain")
+    assert talk.most == 64 - 20
+    for _ in range(4):
+        "".join(talk.reply("爱我"))
+    assert "oldest messages were forgotten" in talk.note
+    ids, _ = tokenizer.encode_chat(talk.messages[:-1], open_reply=True, template="plain")
+    assert len(ids) <= 44
+    "".join(talk.reply("我" * 100))
+    assert re.search(r"the last \d+ characters of the question were not read", talk.note)
+    assert talk.messages[0]["content"].startswith("我我")
+
+
+def test_a_reply_that_is_interrupted_or_empty_does_not_harm_the_conversation(scholar, monkeypatch):
+    model, tokenizer = loaded(scholar)
+    talk = gen.Chat(model, tokenizer, greedy(20), "plain")
+    begun = talk.reply("我爱")
+    first = next(piece for piece in begun if piece.strip())
+    begun.close()  # as Ctrl-C does while it writes
+    assert talk.messages[1]["content"] == first.strip()
+    before = talk.messages
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "forward", interrupted)  # and while it reads
+        with pytest.raises(KeyboardInterrupt):
+            next(talk.reply("我爱"))
+    assert talk.messages == before and "no reply" in talk.note
+    model.config.eos_token_id = list(range(384))  # whatever it says ends the reply at once
+    assert "".join(talk.reply("我爱")) == "" and talk.messages == before
+    model.config.eos_token_id = 2
+    assert "".join(talk.reply("我爱")).strip() and len(talk.messages) == 4
+
+
+# --- generation_config.json ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(scholar, tmp_path):
+    """Give a function that writes generation_config.json into a copy of a model folder, and the folder."""
+    folder = tmp_path / "model"
+    shutil.copytree(scholar, folder)
+
+    def write(**said):
+        (folder / "generation_config.json").write_text(json.dumps(said))
+        return str(folder)
+
+    return write
+
+
+def test_the_folders_generation_settings_serve_where_no_flag_is_typed(published, monkeypatch):
+    said = {"temperature": 0.5, "top_k": 30, "repetition_penalty": 1.1, "max_new_tokens": 2048}
+    folder = published(do_sample=True, top_p=None, eos_token_id=2, _from_model_config=True, **said)
+    assert gen.folder_sampling(folder) == said
+    monkeypatch.setattr(sys, "argv", ["generate.py", folder, "--top_k", "7", "--temperature=0"])
+    config = gen.with_folder(gen.GenerateConfig(folder=folder, top_k=7, temperature=0.0))
+    assert (config.top_k, config.temperature, config.repetition_penalty) == (7, 0, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said", "want"),
+    [
+        ({}, {"do_sample": False, "temperature": 0.7, "num_beams": 4}, {"temperature": 0, "num_beams": 4}),
+        ({"num_beams": 3}, {"do_sample": False}, {"temperature": 0, "num_beams": 3}),
+        ({}, {"num_beams": 3, "temperature": 0.7}, {"temperature": 0.7, "num_beams": 1}),
+        ({"temperature": 0.9}, {"do_sample": False, "num_beams": 3}, {"temperature": 0.9, "num_beams": 1}),
+        (
+            {},
+            {"early_stopping": "never", "length_penalty": 1},
+            {"early_stopping": False, "length_penalty": 1},
+        ),
+        ({"top_k": 5}, {"top_k": "many"}, {"top_k": 5}),
+    ],
+)
+def test_settings_of_the_folder_and_typed_ones_make_sense_together(typed, said, want, published, monkeypatch):
+    folder = published(**said)
+    monkeypatch.setattr(sys, "argv", ["generate.py", folder, *(f"--{name}={v}" for name, v in typed.items())])
+    config = gen.with_folder(gen.GenerateConfig(folder=folder, **typed))
+    config.check_beams()
+    assert want.items() <= vars(config).items()
+
+
+@pytest.mark.parametrize("bad", [{"top_k": "many"}, {"top_p": 7}, {"early_stopping": 3}])
+def test_a_senseless_setting_of_the_folder_is_refused_by_its_name(bad, published):
+    folder = published(**bad)
+    with pytest.raises(ValueError, match=rf"generation_config.json: .*{next(iter(bad))}"):
+        gen.with_folder(gen.GenerateConfig(folder=folder))
+
+
+def test_the_ids_that_end_a_text_are_those_of_generation_config(published, scholar):
+    model, tokenizer = loaded(scholar)
+    ids = tokenizer.encode_prompt("我爱")
+    whole = generate(model, [ids], greedy(20))[0]
+    model, _ = loaded(published(eos_token_id=[2, whole[3]]))
+    assert generate(model, [ids], greedy(20))[0] == whole[: whole.index(whole[3])]
+
+
 # --- 6. the command line -----------------------------------------------------------------------------------------
 
 # Each command is a process of its own that runs generate.py as __main__, forked after the imports (which take
@@ -598,6 +1039,8 @@ def commands(made, scholar, tokenizer, tmp_path_factory):
         "file": [str(folder), "--file", f, "--no_echo", "--batch", "2", *t0],
         "file echo": [s, "--file", f, *t0],
         "stdin": [s, *t0],
+        "chat": [s, *t0, "--template", "plain", "--system", "你好"],
+        "score": [s, "--score", f, "--dtype", "float32", "--batch", "2"],
         "seeds": [str(folder), *p, "--temperature", "2", "--seed", "3", "--top_k", "9", "--top_p", "0.9"],
         "missing": [str(root / "nowhere"), *p],
         "not a model": [str(root / "empty"), *p],
@@ -611,8 +1054,11 @@ def commands(made, scholar, tokenizer, tmp_path_factory):
         "large": [str(small), *p],
         "long": [s, "--prompt", "我" * 65],
     }
-    stdin = "我爱\n我爱😀\n\n我爱\n"  # the empty line ends
-    wire = json.dumps([(args, stdin if name == "stdin" else "") for name, args in cases.items()])
+    typed = {
+        "stdin": "我爱\n我爱😀\n\n我爱\n",  # the empty line ends
+        "chat": "我爱\n\n/reset\n我爱\n/system 以及\n我爱\n/exit\n我爱\n",
+    }
+    wire = json.dumps([(args, typed.get(name, "")) for name, args in cases.items()])
     read, write = os.pipe()
     with os.fdopen(read) as answers:
         code = f"import os; os.dup2({write}, 3)\n" + COMMANDS
@@ -661,6 +1107,29 @@ def test_every_line_of_stdin_is_a_prompt_until_an_empty_one(commands):
     assert code == 0 and len(lines) == 2, err
     assert "every line is a prompt" in err
     assert lines[0].startswith("我爱😀和") and lines[1].startswith("我爱😀和")
+
+
+def test_a_conversation_in_the_terminal_has_a_history_and_forgets_it(commands, scholar):
+    code, out, err = commands["chat"]
+    assert code == 0, err
+    assert err.count("a new conversation") == 2
+    model, tokenizer = loaded(scholar)
+    want, talk = [], gen.Chat(model, tokenizer, greedy(20), "plain")
+    for system in ("你好", None, "以及"):
+        talk.reset(system)
+        want.append("".join(talk.reply("我爱")))
+    assert out == "".join(reply + "\n" for reply in want)
+
+
+def test_lines_are_scored(commands, scholar):
+    code, out, err = commands["score"]
+    assert code == 0, err
+    model, tokenizer = loaded(scholar)
+    rows = [tokenizer.encode_prompt(text) for text in FILE_PROMPTS]
+    nll = gen.score(model, rows)
+    lines = [line.split() for line in out.split("\n")[1:-1]]
+    assert [int(line[0]) for line in lines] == [len(x) for x in nll] + [sum(map(len, nll))]
+    assert lines[1][1] == f"{float(nll[1].mean()):.4f}" and lines[-1][-1] == "all"
 
 
 def test_the_flags_of_sampling_reach_the_sampler(commands, made):

@@ -473,6 +473,17 @@ def test_an_existing_run_is_not_overwritten(finished, shards):
     assert "--resume" in done.stderr and state_digest(out) == before
 
 
+def test_flags_change_the_shape_of_a_preset_but_not_of_a_folder(shards, finished):
+    tokenizer, plain = tok.load_tokenizer(shards), M.PRESETS["tiny"]
+    shape = {"hidden_size": 128, "num_hidden_layers": 3, "max_position_embeddings": 2048}
+    config = train.model_config(train.TrainConfig("out", preset="tiny", **shape), tokenizer)
+    assert shape.items() <= vars(config).items()
+    assert config.num_attention_heads == 2 * plain.num_attention_heads and config.head_dim == plain.head_dim
+    for name, value in shape.items():
+        with pytest.raises(ValueError, match=f"takes the shape of its folder; leave out .*--{name}"):
+            train.model_config(train.TrainConfig("out", init=str(finished[0]), **{name: value}), tokenizer)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
