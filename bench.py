@@ -1163,7 +1163,9 @@ class Numbers:
     def __init__(self, vocab_size: int):
         self.vocab_size = vocab_size
 
-    def encode_chat(self, messages: list[dict], template: str | None = None) -> tuple[list[int], list[int]]:
+    def encode_chat(
+        self, messages: list[dict], open_reply: bool = False, template: str | None = None
+    ) -> tuple[list[int], list[int]]:
         """Give a conversation's tokens, and 1 for those of replies; there is no template."""
         words = [(word, m["role"]) for m in messages for word in m["content"].split()]
         ids = [2 if word == END else int(word) for word, _ in words]

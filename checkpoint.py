@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from tyro.conf import Positional
 
 import common
-from model import FAMILIES, Model, ModelConfig, build, own_rows
+from model import FAMILIES, Model, ModelConfig, Quantization, build, own_rows
 from tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,6 +80,9 @@ def hf_name(name: str, family: str) -> str:
 
 
 ADAPTERS = ("lora_A.weight", "lora_B.weight", "new_rows")  # what lora.py adds; no model folder holds it
+
+
+QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx")  # of a model.QuantLinear; never cast
 
 
 def is_adapter(name: str) -> bool:
@@ -176,9 +179,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     family = {"xverse": "llama"}.get(raw.get("model_type"), raw.get("model_type"))
     if family not in FAMILIES:
         raise ValueError(f"{path}: model_type is {family!r}; known: {', '.join(FAMILIES)}, xverse")
-    if "quantization_config" in raw:
-        raise ValueError(f"{path}: quantised weights of a foreign kind; take the bf16 ones")
-    values, known = {}, {*HARMLESS, *FIXED, *TOKENS, *ROPE}
+    values, known = {}, {*HARMLESS, *FIXED, *TOKENS, *ROPE, "quantization_config"}
     for field, (keys, default) in FIELDS[family].items():
         keys = (keys,) if isinstance(keys, str) else keys
         known.update(keys)
@@ -204,6 +205,8 @@ def read_config(folder: str | Path) -> ModelConfig:
     if values["head"] == "score":
         values["tie_word_embeddings"] = values["tie_word_embeddings"] and family == "bloom"
     values |= {key: raw.get(key) for key in TOKENS}
+    if raw.get("quantization_config"):
+        values["quantization"] = _read_quantization(raw["quantization_config"], path)
     return ModelConfig(family, **values)
 
 
@@ -229,6 +232,50 @@ def _read_rope(raw: dict, family: str, path: Path) -> dict:
         or raw.get("partial_rotary_factor")
         or part,
     }
+
+
+HEAD_RULE = "+:^lm_head$"  # in quantization_config's "dynamic", which says what single layers do otherwise
+# keys of quantization_config that say how it was made, or how others run it, not what the tensors mean
+MADE_BY = {
+    *("batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment", "damp_percent"),
+    *("dataset", "desc_act", "disable_exllama", "exllama_config", "max_input_length", "meta"),
+    *("model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block"),
+    *("mse", "pad_token_id", "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16"),
+    *("use_exllama", "quantizer"),
+}
+
+
+def _read_quantization(raw: dict, path: Path) -> Quantization:
+    """Read a quantization_config of GPTQ's kind; ValueError for any other, and for what is not understood."""
+    path = f"{path}: quantization_config"
+    if raw.get("quant_method") != "gptq":
+        raise ValueError(f"{path}: quant_method {raw.get('quant_method')!r}; only 'gptq' is read")
+    form = raw.get("checkpoint_format") or "gptq"
+    if form not in ("gptq", "gptq_v2") or raw.get("pack_dtype", "int32") != "int32":
+        raise ValueError(f"{path}: only checkpoint_format gptq and gptq_v2, packed in int32, are read")
+    known = {"quant_method", "checkpoint_format", "pack_dtype", "bits", "group_size", "lm_head", "dynamic"}
+    unknown = sorted(key for key in raw if key not in known | MADE_BY)
+    rules = raw.get("dynamic") or {}
+    head = rules.get(HEAD_RULE, {"bits": raw.get("bits"), "group_size": raw.get("group_size")})
+    if unknown or set(rules) - {HEAD_RULE}:
+        what = ", ".join(unknown) or f"dynamic {sorted(rules)}"
+        raise ValueError(f"{path}: {what} is not understood, and it may change what the tensors mean")
+    if raw.get("lm_head") and head != {"bits": 8, "group_size": -1}:
+        raise ValueError(f"{path}: a head is read in 8 bits with one scale a row, not {head}")
+    try:
+        return Quantization(
+            raw.get("bits"), raw.get("group_size", -1), form == "gptq", 8 if raw.get("lm_head") else 0
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _say_quantization(how: Quantization) -> dict:
+    """Say a Quantization as a quantization_config; symmetric ones are stored as zeros less one."""
+    said = {"quant_method": "gptq", "bits": how.bits, "group_size": how.group_size, "desc_act": False}
+    said |= {"sym": how.zeros_less_one, "checkpoint_format": "gptq" if how.zeros_less_one else "gptq_v2"}
+    said |= {"pack_dtype": "int32", "lm_head": how.head_bits > 0}
+    return said | ({"dynamic": {HEAD_RULE: {"bits": 8, "group_size": -1}}} if how.head_bits else {})
 
 
 def _read_head(raw: dict, path: Path) -> str:
@@ -264,6 +311,8 @@ def config_dict(config: ModelConfig, dtype: torch.dtype) -> dict:
         out.update(rope_theta=config.rope_theta, rope_parameters=rope)
     if config.head == "score":
         out.update(num_labels=1, id2label={"0": "LABEL_0"}, label2id={"LABEL_0": 0})
+    if config.quantization:
+        out["quantization_config"] = _say_quantization(config.quantization)
     return out | {key: getattr(config, key) for key in TOKENS}
 
 
@@ -377,7 +426,7 @@ def open_tensors(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def _match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list, list]:
+def match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list, list]:
     """Match a folder's tensor names with the model's: {theirs: ours}, what is missing, what is unexpected."""
     config = model.config
     if any("Wqkv" in n or ".mixer." in n for n in names):
@@ -422,7 +471,7 @@ def load_into(model: nn.Module, folder: str | Path, edit: Edit | None = None) ->
     """
     folder = model_folder(folder)
     files = tensor_files(folder)
-    ours, missing, extra = _match(set(files), getattr(model, "module", model), folder)
+    ours, missing, extra = match(set(files), getattr(model, "module", model), folder)
     target = parameters(model)
     wrong = []
     for theirs, name in ours.items():
@@ -563,7 +612,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     tensors = {
         hf_name(n, model.config.family): p.detach() for n, p in parameters(model).items() if not is_adapter(n)
     }
-    kinds = {n: dtype or p.dtype for n, p in tensors.items()}
+    kinds = {n: p.dtype if n.endswith(QUANTIZED) else dtype or p.dtype for n, p in tensors.items()}
     bytes_of = {n: p.numel() * kinds[n].itemsize for n, p in tensors.items()}
     shards: list[list[str]] = [[]]
     for name in tensors:

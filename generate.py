@@ -45,7 +45,19 @@ import common
 import kernels
 import lora
 from checkpoint import base_folder, is_adapter_folder, model_folder, read_object
-from model import MLP, Attention, KVCache, Linear, Model, ModelConfig, Norm, Positions
+from model import (
+    MLP,
+    Attention,
+    Head,
+    KVCache,
+    Linear,
+    Model,
+    ModelConfig,
+    Norm,
+    Positions,
+    QuantHead,
+    QuantLinear,
+)
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
@@ -63,6 +75,8 @@ def load(
     model = lora.load_model(folder, dtype, device)
     if dtype is None and common.best_dtype(device) == torch.float32:
         model.float()
+    if model.config.quantization:
+        expand(model)
     if model.config.head != "lm":
         raise ValueError(f"{folder}: a model without a language-model head cannot write")
     tokenizer = load_tokenizer(lora.tokenizer_folder(folder))
@@ -78,6 +92,22 @@ def load(
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
     return fuse(model, rows), tokenizer
+
+
+@torch.no_grad()
+def expand(model: Model) -> Model:
+    """Put the matrices of a quantised model together, in place: their values, in the memory of whole ones."""
+    dtype = model.embed_tokens.weight.dtype
+    for name, old in list(model.named_modules()):
+        if isinstance(old, QuantLinear):
+            kind = Head if isinstance(old, QuantHead) else Linear
+            new = kind(old.in_features, old.out_features, old.bias is not None, "meta")
+            new.weight = nn.Parameter(old.dequantize(dtype).contiguous(), requires_grad=False)
+            new.bias = old.bias
+            above, _, last = name.rpartition(".")
+            setattr(model.get_submodule(above), last, new)
+    model.config = dataclasses.replace(model.config, quantization=None)
+    return model
 
 
 class FusedAttention(Attention):

@@ -62,6 +62,22 @@ FAMILIES = {
 }
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """How the matrices of the blocks are stored in few bits: see QuantLinear. ValueError for odd sizes."""
+
+    bits: int  # 4 or 8
+    group_size: int = -1  # inputs that share a scale and a zero; -1: all of a row
+    zeros_less_one: bool = True  # the file holds zero − 1 (GPTQ's format v1); False: zero itself (v2)
+    head_bits: int = 0  # 8: the head too, one scale a row; 0: as it is
+
+    def __post_init__(self):
+        if self.bits not in (4, 8) or self.head_bits not in (0, 8):
+            raise ValueError(f"{self.bits} bits, {self.head_bits} of the head: expected 4 or 8, and 0 or 8")
+        if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+            raise ValueError(f"group_size {self.group_size}: expected -1 or a multiple of 32")
+
+
 @dataclass
 class ModelConfig:
     """The shape of a model, under the names of LLaMA's config.json.
@@ -87,6 +103,7 @@ class ModelConfig:
     eos_token_id: int | list[int] | None = None  # several: any of them ends a text
     pad_token_id: int | None = None
     dropout: float = 0.0  # after the embedding and on both residual branches; a training option, not stored
+    quantization: Quantization | None = None  # None: matrices are what they are
 
     def __post_init__(self):
         require = functools.partial(_require, self)
@@ -122,6 +139,8 @@ class ModelConfig:
         if self.family != "phi":
             require(self.partial_rotary_factor == 1.0, "only Phi rotates a part of the head")
         require(0 <= self.dropout < 1, "dropout must lie in [0, 1)")
+        if self.quantization and self.quantization.head_bits:
+            require(not self.tie_word_embeddings, "a quantised head is not tied")
 
     @property
     def eos_ids(self) -> list[int]:
@@ -292,6 +311,66 @@ class Linear(nn.Linear):
         """Do nothing: `init_weights` or `checkpoint.load_into` sets every parameter."""
 
 
+class QuantLinear(nn.Module):
+    """A linear layer whose weight is stored in 4 or 8 bits, tensor by tensor as GPTQ folders hold it.
+
+        W[n, k] = scales[g, n] · (q[k, n] − zero[g, n]),   g = g_idx[k]
+
+    qweight (in/p, out) int32: q, p = 32/bits to a word along the inputs; qzeros (groups, out/p) int32: zero,
+    or zero − 1, along the outputs; scales (groups, out) fp16, whatever dtype the model is cast to; g_idx
+    (in,) int32. This forward is the definition: the whole weight is put together, then multiplied.
+    Frantar et al. 2022, "GPTQ".
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, how: Quantization):
+        super().__init__()
+        self.in_features, self.out_features, self.bits = in_features, out_features, how.bits
+        self.zeros_less_one = how.zeros_less_one
+        group, per = in_features if how.group_size == -1 else how.group_size, 32 // how.bits
+        if in_features % group or in_features % per or out_features % per:
+            raise ValueError(
+                f"a matrix of {out_features} x {in_features} cannot be stored in {how.bits} bits: its inputs "
+                f"must be a multiple of the group of {group}, both sizes of {per}"
+            )
+        groups = in_features // group
+        self.qweight = _frozen(torch.empty(in_features // per, out_features, dtype=torch.int32))
+        self.qzeros = _frozen(torch.empty(groups, out_features // per, dtype=torch.int32))
+        self.scales = _frozen(torch.empty(groups, out_features, dtype=torch.float16))
+        self.g_idx = _frozen(torch.empty(in_features, dtype=torch.int32))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def _apply(self, fn, recurse=True):
+        """Move, but never cast the scales: `fn` sees their bits, which no cast of floats touches."""
+
+        def careful(t):
+            return fn(t.view(torch.int16)).view(torch.float16) if t is self.scales else fn(t)
+
+        return super()._apply(careful, recurse)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """Put the weight (out, in) together: products in fp32, rounded once."""
+        q = kernels.unpack(self.qweight, self.bits, 0).float()  # (in, out)
+        zeros = kernels.unpack(self.qzeros, self.bits, 1).float() + self.zeros_less_one  # (groups, out)
+        groups = self.g_idx.long()
+        return ((q - zeros[groups]) * self.scales.float()[groups]).t().to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+
+def _frozen(x: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(x, requires_grad=False)
+
+
+def linear(config: ModelConfig, in_features: int, out_features: int, bias: bool) -> Linear | QuantLinear:
+    """Make a linear layer of a block, of the kind that the config says."""
+    if config.quantization:
+        return QuantLinear(in_features, out_features, bias, config.quantization)
+    return Linear(in_features, out_features, bias)
+
+
 class Embedding(nn.Embedding):
     """A table of token vectors; its values are set elsewhere."""
 
@@ -331,12 +410,12 @@ class Attention(nn.Module):
         self.interleaved = config.switches.interleaved_qkv
         bias = config.switches.bias
         if self.interleaved:
-            self.query_key_value = Linear(C, 3 * H * D, bias=bias)
+            self.query_key_value = linear(config, C, 3 * H * D, bias)
         else:
-            self.q_proj = Linear(C, H * D, bias=bias)
-            self.k_proj = Linear(C, K * D, bias=bias)
-            self.v_proj = Linear(C, K * D, bias=bias)
-        self.o_proj = Linear(H * D, C, bias=bias)
+            self.q_proj = linear(config, C, H * D, bias)
+            self.k_proj = linear(config, C, K * D, bias)
+            self.v_proj = linear(config, C, K * D, bias)
+        self.o_proj = linear(config, H * D, C, bias)
 
     def forward(self, x: torch.Tensor, at: Positions) -> torch.Tensor:
         """Mix information along time: (B, T, C) -> (B, T, C)."""
@@ -378,9 +457,9 @@ class MLP(nn.Module):
         super().__init__()
         C, F_, bias = config.hidden_size, config.intermediate_size, config.switches.bias
         self.act = config.switches.act
-        self.gate_proj = Linear(C, F_, bias=bias) if config.switches.gated else None
-        self.up_proj = Linear(C, F_, bias=bias)
-        self.down_proj = Linear(F_, C, bias=bias)
+        self.gate_proj = linear(config, C, F_, bias) if config.switches.gated else None
+        self.up_proj = linear(config, C, F_, bias)
+        self.down_proj = linear(config, F_, C, bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Transform each position: (B, T, C) -> (B, T, C)."""
@@ -421,8 +500,22 @@ class Head(Linear):
         """Return logits (..., V), or with targets (B, T) the pair (nll, lse), each (B, T) in fp32."""
         if targets is None:
             return super().forward(x)
-        nll, lse = kernels.linear_nll(x.flatten(0, 1), self.weight, self.bias, targets.flatten())
-        return nll.view_as(targets), lse.view_as(targets)
+        return _token_losses(x, self.weight, self.bias, targets)
+
+
+class QuantHead(QuantLinear):
+    """The same, over a weight in 8 bits."""
+
+    def forward(self, x: torch.Tensor, targets: torch.Tensor | None = None):
+        """Return logits (..., V), or with targets (B, T) the pair (nll, lse), each (B, T) in fp32."""
+        if targets is None:
+            return super().forward(x)
+        return _token_losses(x, self.dequantize(x.dtype), self.bias, targets)
+
+
+def _token_losses(x, weight, bias, targets):
+    nll, lse = kernels.linear_nll(x.flatten(0, 1), weight, bias, targets.flatten())
+    return nll.view_as(targets), lse.view_as(targets)
 
 
 # --- 4. the model -------------------------------------------------------------------------------------------
@@ -441,7 +534,15 @@ class Model(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = Norm(config)
         if config.head == "lm":
-            self.lm_head = Head(config.hidden_size, config.vocab_size, bias=config.switches.head_bias)
+            sizes, how = (
+                (config.hidden_size, config.vocab_size, config.switches.head_bias),
+                config.quantization,
+            )
+            if how and how.head_bits:
+                how = dataclasses.replace(how, bits=how.head_bits, group_size=-1)
+                self.lm_head = QuantHead(*sizes, how)
+            else:
+                self.lm_head = Head(*sizes)
         elif config.head == "score":
             self.score = Linear(config.hidden_size, 1, bias=False)
         self.tie()

@@ -644,6 +644,10 @@ def ready_model(model: Model, cfg: FitConfig, process: common.Process, known_voc
     The weights of a run that goes on are restored by `fit`; of a LoRA run that is the adapters alone, so the
     base is read again. known_vocab: tokens that have a text, so that sampling never picks another.
     """
+    if model.config.quantization:
+        raise ValueError(
+            f"--init {cfg.init}: quantised weights are not trained; take the model they were made of"
+        )
     model = parallelize(model, process, cfg)
     bare = unwrap(model)
     bare.known_vocab = known_vocab

@@ -5,6 +5,9 @@
 
 Byte j of an int4 row holds column 2j in its low and column 2j+1 in its high nibble.
 
+On disk (the layout of GPTQ folders) values are packed into int32 words, the first in the lowest bits: `pack`,
+`unpack`.
+
 Dettmers et al. 2022, "LLM.int8()"; Frantar et al. 2022, "GPTQ" (group-wise scales).
 """
 
@@ -12,6 +15,22 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+
+
+def pack(values: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Pack integers in [0, 2^bits) into int32 words along a dimension; it is a multiple of 32/bits long."""
+    per = 32 // bits
+    parts = values.to(torch.int32).unflatten(dim, (-1, per))
+    words = torch.zeros_like(parts.select(dim + 1, 0))
+    for i in range(per):
+        words |= parts.select(dim + 1, i) << bits * i  # the last may reach the sign bit
+    return words
+
+
+def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Undo `pack`: int32 words -> uint8 values, 32/bits times as many along the dimension."""
+    parts = [(words >> bits * i) & (2**bits - 1) for i in range(32 // bits)]
+    return torch.stack(parts, dim + 1).to(torch.uint8).flatten(dim, dim + 1)
 
 
 def int8_linear(

@@ -271,6 +271,14 @@ def test_tuning_here_and_in_trl_starts_with_the_same_loss_and_gradient(task, how
     )
 
 
+@pytest.mark.parametrize("task", ["full", "lora", "dpo"])
+def test_our_side_of_the_tuning_bench_takes_a_step_without_trl(task, tmp_path, one_thread):
+    ours = bench.OurTuning(tiny_tuning(tmp_path, task), str(tmp_path))
+    assert ours.step() > 0 and ours.step() > 0
+    lowest, highest = (0.65, 0.74) if task == "dpo" else (1.1 * math.log(512), 40)
+    assert lowest < ours.first["loss"] < highest and ours.first["grad_norm"] > 0.1
+
+
 def test_tuning_bench_gives_no_figures_where_the_sides_differ(tmp_path, one_thread, monkeypatch):
     pytest.importorskip("trl")
     config = tiny_tuning(tmp_path, "full")

@@ -574,7 +574,7 @@ REFUSED = {
     "post-norm residual": ("bloom", {"apply_residual_connection_post_layernorm": True}, "apply_residual"),
     "untied bloom": ("bloom", {"tie_word_embeddings": False}, "tied"),
     "sliding window": ("llama", {"sliding_window": 4096}, "sliding_window"),
-    "quantised": ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    "quantised": ("llama", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
     "another model": ("llama", {"model_type": "qwen2"}, "'qwen2'"),
     "odd rotation": ("phi", {"rope_parameters": {"partial_rotary_factor": 0.45}}, "cannot rotate 7"),
     "many labels": (

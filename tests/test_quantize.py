@@ -1,0 +1,356 @@
+"""A quantised folder holds what its formula says, loads as such, and refuses what would not be true."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from safetensors.torch import load_file
+
+import checkpoint
+import common
+import generate as gen
+import kernels
+import lora
+import model as M
+import quantize
+import tokenizer as tok
+from model import PRESETS, Quantization, QuantLinear, build
+
+FAMILIES = ("llama-tied", "llama-untied", "phi", "bloom")
+WIDE = {"hidden_size": 128}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tok")
+    (root / "a.txt").write_text("\n\n".join(["我爱白纸，你好世界", "the quick brown fox"] * 20), "utf-8")
+    tok.train(tok.Train([str(root / "a.txt")], str(root / "tok"), vocab_size=320))
+    return tok.load_tokenizer(root / "tok")
+
+
+@pytest.fixture(scope="module")
+def folders(tokenizer, tmp_path_factory):
+    """Give family -> a model folder of two layers whose matrices have 128 or more inputs."""
+    root, made = tmp_path_factory.mktemp("models"), {}
+    shapes = {
+        "llama-tied": ("llama", 320, 128, 2, 4, 256, 64, 2),
+        "llama-untied": ("llama", 320, 128, 2, 4, 256, 64, 2),
+        "phi": ("phi", 320, 128, 2, 4, 256, 64),
+        "bloom": ("bloom", 320, 128, 2, 4, 512, 64),
+    }
+    for name, shape in shapes.items():
+        more = {"partial_rotary_factor": 0.5} if name == "phi" else {}
+        config = M.ModelConfig(
+            *shape, tie_word_embeddings=name in ("llama-tied", "bloom"), eos_token_id=2, **more
+        )
+        model = build(config)
+        M.init_weights(model, seed=1)
+        for p in model.parameters():
+            if p.dim() == 1:
+                p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p)))
+        checkpoint.save_model(model, root / name, tokenizer)
+        made[name] = root / name
+    return made
+
+
+def make(folder, out, **how):
+    quantize.quantize_folder(quantize.QuantizeConfig(str(folder), str(out), **how))
+    return out
+
+
+def by_hand(tensors, name, bits, less_one):
+    """Put a weight together from the tensors of a GPTQ folder, with numpy and plain loops over the bits."""
+    words, stored = (tensors[f"{name}.{part}"].numpy().view(np.uint32) for part in ("qweight", "qzeros"))
+    per, mask = 32 // bits, 2**bits - 1
+    inputs, outputs = words.shape[0] * per, words.shape[1]
+    scales, group = tensors[f"{name}.scales"].double().numpy(), tensors[f"{name}.g_idx"].numpy()
+    weight = np.zeros((outputs, inputs))
+    for k in range(inputs):
+        q = (words[k // per] >> (bits * (k % per))) & mask
+        zero = [(stored[group[k], n // per] >> (bits * (n % per))) & mask for n in range(outputs)]
+        weight[:, k] = scales[group[k]] * (q.astype(int) - np.array(zero, dtype=int) - less_one)
+    return torch.from_numpy(weight)
+
+
+# --- the format --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_packing_loses_nothing_and_puts_the_first_value_lowest(bits, dim):
+    values = torch.randint(0, 2**bits, (64, 32), generator=torch.Generator().manual_seed(1))
+    words = kernels.pack(values, bits, dim)
+    assert words.dtype == torch.int32 and torch.equal(kernels.unpack(words, bits, dim).long(), values)
+    row = torch.arange(1, 32 // bits + 1)
+    assert hex(int(kernels.pack(row, bits, 0)) & 0xFFFFFFFF) == {4: "0x87654321", 8: "0x4030201"}[bits]
+
+
+def test_a_weight_by_hand():
+    layer = QuantLinear(32, 8, False, Quantization(4, 32))
+    q = torch.arange(32).repeat(8, 1) % 16
+    parts = quantize.pack_matrix(q, torch.full((8, 1), 8), torch.full((8, 1), 0.5), Quantization(4, 32))
+    for name, value in parts.items():
+        getattr(layer, name).data.copy_(value)
+    assert int(layer.qzeros[0, 0]) & 0xFFFFFFFF == 0x77777777, "zero 8 is stored as 7"
+    assert layer.dequantize(torch.float32)[3].tolist() == [(k % 16 - 8) / 2 for k in range(32)]
+
+
+def test_casting_a_model_moves_no_bit_of_its_scales(folders, tmp_path):
+    model = checkpoint.load_model(make(folders["llama-tied"], tmp_path / "q"), torch.float32)
+    before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(checkpoint.QUANTIZED)}
+    model.bfloat16().float().to(torch.float16)
+    after = dict(model.named_parameters())
+    assert len(before) == 4 * 14 and all(torch.equal(after[n], p) for n, p in before.items())
+    assert {p.dtype for n, p in after.items() if n not in before} == {torch.float16}
+    scales = after["layers.0.self_attn.q_proj.scales"]
+    assert not torch.equal(scales, scales.bfloat16().half()), "the test can tell"
+
+
+# --- rounding ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("sym", [True, False])
+def test_a_weight_that_the_format_can_hold_is_held_exactly(bits, sym):
+    rng = torch.Generator().manual_seed(2)
+    low, high, zero = (0, 2**bits - 1, 3) if not sym else (1, 2**bits - 1, 2 ** (bits - 1))
+    q = torch.randint(low, high + 1, (8, 64), generator=rng)
+    q[:, ::32], q[:, 1::32] = low, high  # both ends are there, so the scale is known
+    scale = 2.0 ** -torch.randint(0, 9, (8, 2, 1), generator=rng)
+    weight = ((q.unflatten(1, (2, 32)) - zero) * scale).flatten(1)
+    have, zeros, scales = quantize.round_to_nearest(weight, bits, 32, sym)
+    assert (
+        torch.equal(have.long(), q) and (zeros == zero).all() and torch.equal(scales.float(), scale[..., 0])
+    )
+
+
+def error(weight, bits, group, **how):
+    q, zeros, scales = quantize.round_to_nearest(weight, bits, group, **how)
+    spread = [t.float().repeat_interleave(group, 1) for t in (zeros, scales)]
+    return float((((q.float() - spread[0]) * spread[1]) - weight).norm() / weight.norm())
+
+
+def test_smaller_groups_the_search_and_a_free_zero_make_smaller_errors():
+    rng = torch.Generator().manual_seed(3)
+    weight = torch.randn(256, 512, generator=rng)
+    errors = [error(weight, 4, g) for g in (512, 128, 64, 32)]
+    assert errors == sorted(errors, reverse=True)
+    # published for Gaussian weights: 0.160 row-wise, 0.117, 0.108, 0.097, without a search
+    plain = [error(weight, 4, g, search=False) for g in (128, 64, 32)]
+    assert plain == pytest.approx([0.117, 0.108, 0.097], rel=0.05)
+    assert all(a < b for a, b in zip(errors[1:], plain))
+    assert error(weight + 3, 4, 64, sym=False) < 0.7 * error(weight + 3, 4, 64)
+    assert error(weight, 8, 512) < 0.01
+
+
+def test_zeros_subnormals_and_huge_weights():
+    weight = torch.zeros(4, 64)
+    weight[1] = 1e-9
+    q, zeros, scales = quantize.round_to_nearest(weight, 4, 32)
+    assert (q == 8).all() and (scales > 0).all() and (zeros == 8).all()
+    with pytest.raises(ValueError, match="beyond fp16"):
+        quantize.round_to_nearest(torch.full((1, 32), 1e6), 4, 32)
+    with pytest.raises(ValueError, match="inf or nan"):
+        quantize.round_to_nearest(torch.full((1, 32), float("nan")), 8, 32)
+
+
+# --- folders -----------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "int8": {"bits": 8},
+    "int4": {},
+    "g32": {"group_size": 32},
+    "asymmetric": {"sym": False, "group_size": 64},
+    "row": {"group_size": -1, "search": False},
+    "head": {"head_bits": 8},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_quantised_folder_computes_what_its_tensors_say(family, kind, folders, tmp_path):
+    how = KINDS[kind]
+    if family == "bloom" and kind == "head":
+        with pytest.raises(ValueError, match="BLOOM's head is tied"):
+            make(folders[family], tmp_path / "q", **how)
+        assert not (tmp_path / "q").exists()
+        return
+    folder = make(folders[family], tmp_path / "q", **how)
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    bits, less_one = how.get("bits", 4), how.get("sym", True)
+    assert (said["bits"], said["checkpoint_format"]) == (bits, "gptq" if less_one else "gptq_v2")
+    assert said["group_size"] == how.get("group_size", -1 if bits == 8 else 128)
+    tensors = load_file(folder / "model.safetensors")
+    plain = checkpoint.load_model(folders[family], torch.float32)
+    if kind == "head":
+        plain.config = dataclasses.replace(plain.config, tie_word_embeddings=False)
+        plain.lm_head.weight = torch.nn.Parameter(plain.lm_head.weight.clone())
+    for name, layer in plain.named_modules():
+        stored = checkpoint.hf_name(f"{name}.weight", plain.config.family).removesuffix(".weight")
+        if f"{stored}.qweight" in tensors:
+            b = 8 if name == "lm_head" else bits
+            weight = by_hand(tensors, stored, b, less_one).float()
+            assert 0 < (weight - layer.weight).norm() / layer.weight.norm() < (0.02 if b == 8 else 0.2)
+            layer.weight.data = weight
+    ids = torch.randint(0, 320, (2, 20), generator=torch.Generator().manual_seed(4))
+    model = checkpoint.load_model(folder, torch.float32)
+    with torch.no_grad():
+        want = plain(ids)
+        torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), plain(ids[:, :-1], ids[:, 1:]))
+    loaded, tokenizer = gen.load(folder, torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids), want, rtol=1e-4, atol=1e-4)
+    assert len(gen.generate(loaded, [[5, 6]], gen.Sampling(4, temperature=0, ignore_eos=True))[0]) == 4
+    checkpoint.save_model(model, tmp_path / "copy", tokenizer, torch.float32)
+    copy = load_file(tmp_path / "copy/model.safetensors")
+    assert copy.keys() == tensors.keys() and all(torch.equal(copy[n], tensors[n]) for n in tensors)
+    assert checkpoint.read_config(tmp_path / "copy") == checkpoint.read_config(folder)
+
+
+def test_only_the_blocks_matrices_are_quantised_and_the_report_says_how_well(folders, tmp_path, capsys):
+    folder = make(folders["phi"], tmp_path / "q")
+    tensors = load_file(folder / "model.safetensors")
+    few = {n.rpartition(".")[0] for n in tensors if n.endswith("qweight")}
+    kept = {n for n in tensors if n.endswith("weight") and not n.endswith("qweight")}
+    assert len(few) == 2 * 6 and {n.split(".")[-2] for n in kept} == {
+        *("embed_tokens", "input_layernorm", "final_layernorm", "lm_head")
+    }
+    source = load_file(folders["phi"] / "model.safetensors")
+    for name in kept | {n for n in tensors if n.endswith("bias")}:
+        assert torch.equal(tensors[name], source[name])
+    report = json.loads((folder / "quantization.json").read_text())
+    for line in report["tensors"]:
+        weight = by_hand(tensors, line["name"].removesuffix(".weight"), 4, 1)
+        off = weight - source[line["name"]]
+        assert line["relative_error"] == pytest.approx(
+            float(off.norm() / source[line["name"]].norm()), rel=1e-4
+        )
+        assert line["max_error"] == pytest.approx(float(off.abs().max()), rel=1e-3)
+    assert {line["name"].removesuffix(".weight") for line in report["tensors"]} == few
+    assert report["bytes"]["after"] == sum(t.numel() * t.itemsize for t in tensors.values())
+    assert "relative error of 12 matrices" in capsys.readouterr().out
+
+
+def test_small_files_make_a_folder_with_an_index_of_the_same_tensors(folders, tmp_path):
+    one = load_file(make(folders["llama-untied"], tmp_path / "one") / "model.safetensors")
+    many = make(folders["llama-untied"], tmp_path / "many", shard_bytes=50_000)
+    files = sorted(many.glob("*.safetensors"))
+    assert len(files) > 3 and (many / "model.safetensors.index.json").is_file()
+    again = {name: t for file in files for name, t in load_file(file).items()}
+    assert again.keys() == one.keys() and all(torch.equal(again[n], one[n]) for n in one)
+    checkpoint.load_model(many)
+    make(many.parent / "../" / folders["llama-untied"], tmp_path / "from shards")
+
+
+@pytest.mark.parametrize(("how", "published"), [((8, -1), 13.73), ((4, 128), 8.01), ((4, -1), 7.83)])
+def test_xverse_13b_has_the_published_sizes(how, published):
+    """GiB of weights and scales alone; the zeros of GPTQ's layout are what we have above it."""
+    config = dataclasses.replace(PRESETS["xverse-13b"], quantization=Quantization(*how))
+    model = build(config, "meta").bfloat16()
+    assert sum(p.numel() * p.itemsize for p in model.parameters()) / 2**30 == pytest.approx(
+        published, rel=0.01
+    )
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(folders, tmp_path):
+    folder = make(folders["llama-tied"], tmp_path / "q")
+    with pytest.raises(ValueError, match="is quantised already"):
+        make(folder, tmp_path / "again")
+    model = checkpoint.load_model(folders["llama-tied"])
+    lora.attach(model, lora.LoraConfig(lora=True))
+    lora.load_into(model, folders["llama-tied"])
+    lora.init_adapter(model, 1)
+    lora.save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(ValueError, match="an adapter; merge it first"):
+        make(tmp_path / "adapter", tmp_path / "again")
+    with pytest.raises(ValueError, match="its inputs must be a multiple of the group of 96"):
+        make(folders["llama-tied"], tmp_path / "again", group_size=96)
+    with pytest.raises(ValueError, match="group_size 20: expected -1 or a multiple of 32"):
+        make(folders["llama-tied"], tmp_path / "again", group_size=20)
+    with pytest.raises(ValueError, match="exists and is not empty"):
+        make(folders["llama-tied"], folder)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"quant_method": "awq"}, "quant_method 'awq'; only 'gptq' is read"),
+        ({"bits": 3}, "expected 4 or 8"),
+        ({"checkpoint_format": "marlin"}, "only checkpoint_format gptq and gptq_v2"),
+        ({"rotation": "hadamard"}, "rotation is not understood, and it may change what the tensors mean"),
+        ({"dynamic": {"-:.*down.*": {}}}, "dynamic .* is not understood"),
+        ({"lm_head": True}, "a head is read in 8 bits with one scale a row"),
+    ],
+)
+def test_a_foreign_quantization_that_is_not_understood_is_refused(change, message, folders, tmp_path):
+    folder = make(folders["llama-untied"], tmp_path / "q")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(folder)
+
+
+def test_quantised_weights_are_not_trained(folders, tmp_path):
+    folder = make(folders["llama-tied"], tmp_path / "q")
+    (tmp_path / "a.jsonl").write_text('{"instruction": "你好", "output": "世界"}\n' * 20, "utf-8")
+    flags = [
+        "--init",
+        folder,
+        "--data",
+        tmp_path / "a.jsonl",
+        "--template",
+        "plain",
+        "--out",
+        tmp_path / "run",
+    ]
+    done = run_script(
+        "sft.py",
+        *flags,
+        "--val",
+        0,
+        "--steps",
+        1,
+        "--row_tokens",
+        64,
+        "--tokens_per_step",
+        64,
+        "--peak_tflops",
+        1,
+    )
+    assert done.returncode == 2 and "quantised weights are not trained" in done.stderr, done.stderr
+
+
+def test_the_command_reports_perplexity_before_and_after(folders, tmp_path):
+    (tmp_path / "a.txt").write_text("我爱白纸，你好世界\n\nthe quick brown fox\n" * 30, "utf-8")
+    done = run_script(
+        "quantize.py",
+        folders["llama-tied"],
+        "--out",
+        tmp_path / "q",
+        "--bits",
+        8,
+        "--text",
+        tmp_path / "a.txt",
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "q/quantization.json").read_text())["perplexity"]
+    model = checkpoint.load_model(folders["llama-tied"])
+    tokenizer = tok.load_tokenizer(folders["llama-tied"])
+    ids = [i for text in common.documents([tmp_path / "a.txt"]) for i in tokenizer.encode_document(text)]
+    rows = [ids[i : i + 65] for i in range(0, len(ids) - 1, 64)]
+    nll = torch.cat([x for row in rows for x in gen.score(model, [row])])
+    assert report["before"] == pytest.approx(float(nll.mean().exp()), rel=1e-3)
+    assert (
+        report["after"] == pytest.approx(report["before"], rel=0.01) and report["after"] != report["before"]
+    )
