@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from tyro.conf import Positional
 
 import common
-from model import FAMILIES, Model, ModelConfig, Quantization, build, own_rows
+from model import FAMILIES, Model, ModelConfig, Quantization, QuantLinear, build, own_rows
 from tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -237,43 +237,45 @@ def _read_rope(raw: dict, family: str, path: Path) -> dict:
 HEAD_RULE = "+:^lm_head$"  # in quantization_config's "dynamic", which says what single layers do otherwise
 # keys of quantization_config that say how it was made, or how others run it, not what the tensors mean
 MADE_BY = {
-    *("batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment", "damp_percent"),
-    *("dataset", "desc_act", "disable_exllama", "exllama_config", "max_input_length", "meta"),
-    *("model_file_base_name", "model_name_or_path", "model_seqlen", "module_name_preceding_first_block"),
-    *("mse", "pad_token_id", "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16"),
-    *("use_exllama", "quantizer"),
+    *("act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs"),
+    *("damp_auto_increment", "damp_percent", "dataset", "device", "disable_exllama", "exllama_config"),
+    *("fail_safe", "gptaq", "gptaq_alpha", "hyb_act", "max_input_length", "meta", "model_file_base_name"),
+    *("model_name_or_path", "model_seqlen", "module_name_preceding_first_block", "mse"),
+    *("modules_in_block_to_quantize", "offload_to_disk", "offload_to_disk_path", "pack_impl", "pad_token_id"),
+    *("quantizer", "static_groups", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama"),
 }
 
 
 def _read_quantization(raw: dict, path: Path) -> Quantization:
     """Read a quantization_config of GPTQ's kind; ValueError for any other, and for what is not understood."""
     path = f"{path}: quantization_config"
-    if raw.get("quant_method") != "gptq":
-        raise ValueError(f"{path}: quant_method {raw.get('quant_method')!r}; only 'gptq' is read")
-    form = raw.get("checkpoint_format") or "gptq"
-    if form not in ("gptq", "gptq_v2") or raw.get("pack_dtype", "int32") != "int32":
+    if not isinstance(raw, dict) or raw.get("quant_method") != "gptq":
+        raise ValueError(f"{path}: {raw!r:.200}; only quant_method 'gptq' is read")
+    forms = {raw[key] for key in ("checkpoint_format", "format") if raw.get(key)} or {"gptq"}
+    if not forms <= {"gptq", "gptq_v2"} or len(forms) > 1 or raw.get("pack_dtype", "int32") != "int32":
         raise ValueError(f"{path}: only checkpoint_format gptq and gptq_v2, packed in int32, are read")
-    known = {"quant_method", "checkpoint_format", "pack_dtype", "bits", "group_size", "lm_head", "dynamic"}
-    unknown = sorted(key for key in raw if key not in known | MADE_BY)
+    known = {"quant_method", "checkpoint_format", "format", "pack_dtype", "bits", "group_size", "lm_head"}
+    known |= {"dynamic", "sym", "desc_act", *MADE_BY}
+    unknown = sorted(key for key, value in raw.items() if value and key not in known)
     rules = raw.get("dynamic") or {}
-    head = rules.get(HEAD_RULE, {"bits": raw.get("bits"), "group_size": raw.get("group_size")})
-    if unknown or set(rules) - {HEAD_RULE}:
-        what = ", ".join(unknown) or f"dynamic {sorted(rules)}"
+    if unknown or not isinstance(rules, dict) or set(rules) - {HEAD_RULE}:
+        what = ", ".join(unknown) or f"dynamic {rules!r}"
         raise ValueError(f"{path}: {what} is not understood, and it may change what the tensors mean")
+    bits, group = raw.get("bits"), raw.get("group_size", -1)
+    head = rules.get(HEAD_RULE, {"bits": bits, "group_size": group})
     if raw.get("lm_head") and head != {"bits": 8, "group_size": -1}:
         raise ValueError(f"{path}: a head is read in 8 bits with one scale a row, not {head}")
+    sym, order, less = raw.get("sym", True), raw.get("desc_act", False), forms == {"gptq"}
     try:
-        return Quantization(
-            raw.get("bits"), raw.get("group_size", -1), form == "gptq", 8 if raw.get("lm_head") else 0
-        )
+        return Quantization(bits, group, bool(sym), bool(order), less, 8 if raw.get("lm_head") else 0)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def _say_quantization(how: Quantization) -> dict:
-    """Say a Quantization as a quantization_config; symmetric ones are stored as zeros less one."""
-    said = {"quant_method": "gptq", "bits": how.bits, "group_size": how.group_size, "desc_act": False}
-    said |= {"sym": how.zeros_less_one, "checkpoint_format": "gptq" if how.zeros_less_one else "gptq_v2"}
+    """Say a Quantization as a quantization_config."""
+    said = {"quant_method": "gptq", "bits": how.bits, "group_size": how.group_size, "sym": how.sym}
+    said |= {"desc_act": how.desc_act, "checkpoint_format": "gptq" if how.zeros_less_one else "gptq_v2"}
     said |= {"pack_dtype": "int32", "lm_head": how.head_bits > 0}
     return said | ({"dynamic": {HEAD_RULE: {"bits": 8, "group_size": -1}}} if how.head_bits else {})
 
@@ -470,10 +472,30 @@ def load_into(model: nn.Module, folder: str | Path, edit: Edit | None = None) ->
     ValueError lists every missing, unexpected or wrongly shaped tensor before anything is copied.
     """
     folder = model_folder(folder)
-    files = tensor_files(folder)
-    ours, missing, extra = match(set(files), getattr(model, "module", model), folder)
+    files, ours = fitting(model, folder)
     target = parameters(model)
-    wrong = []
+    for theirs, name in ours.items():
+        mine, a, b = own_rows(target[name])
+        part = _read_rows(files, theirs, a, b)
+        mine.copy_(edit(name, part, a, b) if edit else part)
+    bare = getattr(model, "module", model)
+    _check_tied(files, target, bare.config, folder, edit)
+    if bare.config.quantization:
+        _check_groups(bare, set(ours.values()), folder)
+
+
+def fitting(model: nn.Module, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    """Match a folder's tensors with a model's: the file of each, {their name: ours}.
+
+    ValueError lists every missing, unexpected or wrongly shaped tensor.
+    """
+    files, bare = tensor_files(folder), getattr(model, "module", model)
+    ours, missing, extra = match(set(files), bare, folder)
+    target, wrong = parameters(model), []
+    if bare.config.quantization:
+        if not bare.config.quantization.desc_act:
+            missing = [name for name in missing if not name.endswith(".g_idx")]  # some leave it out
+        extra = [name for name in extra if not _is_zero_bias(name, files)]
     for theirs, name in ours.items():
         with open_tensors(files[theirs]) as file:
             shape = list(file.get_slice(theirs).get_shape())
@@ -482,11 +504,26 @@ def load_into(model: nn.Module, folder: str | Path, edit: Edit | None = None) ->
     if missing or extra or wrong:
         kinds = {"missing": missing, "unexpected": extra, "of another shape": wrong}
         raise ValueError(misfit(folder, "the tensors do not fit config.json", **kinds))
-    for theirs, name in ours.items():
-        mine, a, b = own_rows(target[name])
-        part = _read_rows(files, theirs, a, b)
-        mine.copy_(edit(name, part, a, b) if edit else part)
-    _check_tied(files, target, getattr(model, "module", model).config, folder, edit)
+    return files, ours
+
+
+def _is_zero_bias(name: str, files: dict[str, Path]) -> bool:
+    """Older tools write a bias of zeros beside every quantised matrix."""
+    if not name.endswith(".bias") or f"{name.removesuffix('bias')}qweight" not in files:
+        return False
+    with open_tensors(files[name]) as file:
+        return not file.get_tensor(name).any()
+
+
+def _check_groups(model: nn.Module, read: set[str], folder: Path) -> None:
+    """Set the groups of inputs where the folder does not say them; refuse those that are not there."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantLinear):
+            groups = len(layer.scales)
+            if f"{name}.g_idx" not in read:
+                layer.g_idx.copy_(torch.arange(layer.in_features) // (layer.in_features // groups))
+            if layer.g_idx.min() < 0 or layer.g_idx.max() >= groups:
+                raise ValueError(f"{folder}: {name}.g_idx names groups that are not there")
 
 
 def _read_rows(files: dict[str, Path], name: str, a: int, b: int) -> torch.Tensor:
@@ -721,6 +758,8 @@ def resize_model(
 
     ValueError: `new` does not extend `old`; the table would become smaller, and not `shrink`.
     """
+    if model.config.quantization:
+        raise ValueError("a quantised model is not resized; resize the one that it was made of")
     height = model.config.vocab_size
     used = min(height, old.vocab_size)
     if multiple < 1:

@@ -98,14 +98,14 @@ def load(
 def expand(model: Model) -> Model:
     """Put the matrices of a quantised model together, in place: their values, in the memory of whole ones."""
     dtype = model.embed_tokens.weight.dtype
-    for name, old in list(model.named_modules()):
-        if isinstance(old, QuantLinear):
-            kind = Head if isinstance(old, QuantHead) else Linear
-            new = kind(old.in_features, old.out_features, old.bias is not None, "meta")
-            new.weight = nn.Parameter(old.dequantize(dtype).contiguous(), requires_grad=False)
-            new.bias = old.bias
-            above, _, last = name.rpartition(".")
-            setattr(model.get_submodule(above), last, new)
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
+        old = model.get_submodule(name)
+        kind = Head if isinstance(old, QuantHead) else Linear
+        new = kind(old.in_features, old.out_features, old.bias is not None, "meta")
+        new.weight = nn.Parameter(old.dequantize(dtype), requires_grad=False)
+        new.bias = old.bias
+        above, _, last = name.rpartition(".")
+        setattr(model.get_submodule(above), last, new)
     model.config = dataclasses.replace(model.config, quantization=None)
     return model
 
@@ -850,8 +850,8 @@ class Chat:
     """A conversation with a model: its history, and the cache of what has been read and said.
 
     Of each prompt only what is new is computed, as long as no turn had to be dropped: the history is
-    shortened (`fit_history`) where it would leave less than max_new_tokens of the context, or less than half
-    of it, for the reply; `note` says so. Each reply has a seed of its own, one more than the last.
+    shortened (`fit_history`) where it would leave the reply less than max_new_tokens, or half of the context
+    if that is less; `note` says so. Each reply has a seed of its own, one more than the last.
     """
 
     def __init__(self, model: Model, tokenizer: Tokenizer, sampling: Sampling, template: str | None = None):
@@ -917,13 +917,15 @@ class GenerateConfig(Sampling):
 def folder_sampling(folder: str | Path) -> dict:
     """Read the settings of Sampling from a folder's generation_config.json, under transformers' names.
 
-    Those of an adapter's base count, too. "do_sample": false means temperature 0. Values are not checked.
+    Those of an adapter's base count, too. "do_sample": false means temperature 0, and so do beams without
+    "do_sample": true. Values are not checked.
     """
     folder = model_folder(folder)
     said = _generation_settings(base_folder(folder)) | _generation_settings(folder)
     names = {f.name for f in dataclasses.fields(Sampling)} - {"stop", "seed", "ignore_eos"}
     found = {name: said[name] for name in names if said.get(name) is not None}
-    if said.get("do_sample") is False:
+    beams = found.get("num_beams", 1) != 1
+    if said.get("do_sample") is False or (beams and not said.get("do_sample")):
         found["temperature"] = 0.0
     if found.get("early_stopping") == "never":  # searches longer than False, for nothing else
         found["early_stopping"] = False
@@ -943,6 +945,9 @@ def with_folder(config: GenerateConfig) -> GenerateConfig:
     typed = common.typed_flags(config)
     said = {name: value for name, value in folder_sampling(config.folder).items() if name not in typed}
     if "num_beams" in said and (said.get("temperature", config.temperature) or config.stop):
+        print(
+            "beams that sample, or stop at a text, are not here: the folder's are left out", file=sys.stderr
+        )
         del said["num_beams"]
     for name, value in said.items():
         kind = type(getattr(config, name))

@@ -68,13 +68,17 @@ class Quantization:
 
     bits: int  # 4 or 8
     group_size: int = -1  # inputs that share a scale and a zero; -1: all of a row
+    sym: bool = True  # zeros lie in the middle; said, not used
+    desc_act: bool = False  # g_idx groups the inputs in any order; False: one after another
     zeros_less_one: bool = True  # the file holds zero − 1 (GPTQ's format v1); False: zero itself (v2)
     head_bits: int = 0  # 8: the head too, one scale a row; 0: as it is
 
     def __post_init__(self):
         if self.bits not in (4, 8) or self.head_bits not in (0, 8):
             raise ValueError(f"{self.bits} bits, {self.head_bits} of the head: expected 4 or 8, and 0 or 8")
-        if self.group_size != -1 and (self.group_size < 32 or self.group_size % 32):
+        if type(self.group_size) is not int or (
+            self.group_size != -1 and self.group_size not in range(32, 1 << 20, 32)
+        ):
             raise ValueError(f"group_size {self.group_size}: expected -1 or a multiple of 32")
 
 
@@ -348,11 +352,19 @@ class QuantLinear(nn.Module):
         return super()._apply(careful, recurse)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
-        """Put the weight (out, in) together: products in fp32, rounded once."""
-        q = kernels.unpack(self.qweight, self.bits, 0).float()  # (in, out)
-        zeros = kernels.unpack(self.qzeros, self.bits, 1).float() + self.zeros_less_one  # (groups, out)
-        groups = self.g_idx.long()
-        return ((q - zeros[groups]) * self.scales.float()[groups]).t().to(dtype)
+        """Put the weight (out, in) together: products in fp32, rounded once; some outputs at a time."""
+        weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.scales.device)
+        groups, per = self.g_idx.long(), 32 // self.bits
+        zeros = (
+            self.qzeros + kernels.ones(self.bits) if self.zeros_less_one else self.qzeros
+        )  # words may carry
+        step = max(1, 2**22 // self.in_features // per) * per
+        for a in range(0, self.out_features, step):
+            b = a + step
+            q = kernels.unpack(self.qweight[:, a:b], self.bits, 0).float()  # (in, b − a)
+            zero = kernels.unpack(zeros[:, a // per : b // per], self.bits, 1).float()  # (groups, b − a)
+            weight[a:b] = ((q - zero[groups]) * self.scales[:, a:b].float()[groups]).t()
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -691,7 +703,8 @@ def own_rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
 
 def num_params(config: ModelConfig) -> int:
     """Count the parameters without allocating them; a tied head counts once."""
-    return sum(p.numel() for p in build(config, "meta").parameters())
+    whole = dataclasses.replace(config, quantization=None)
+    return sum(p.numel() for p in build(whole, "meta").parameters())
 
 
 def flops_per_token(config: ModelConfig, length: int, recompute: bool | None = None) -> float:

@@ -1,20 +1,21 @@
-"""Store a model's matrices in 8 or 4 bits: half or a quarter of the memory, and of the bytes a token reads.
+"""Store a model's matrices in 8 or 4 bits: half or a quarter of the bytes.
 
     q = round(w / scale) + zero,   ŵ = scale · (q − zero)          one scale and zero for a group of inputs
 
-int8: one scale a row, symmetric (zero in the middle). int4: one scale for 128 inputs of a row, symmetric or,
-with --no_sym, between the least and the largest weight. Each scale of int4 is searched: a smaller one cuts
-off the largest weights and rounds all others more finely; that of the least squared error is taken.
-Embedding, norms, biases and, without --head_bits 8, the head stay as they are.
+Every weight is rounded to the nearest value that its group can hold. 8 bits: a group is a row; 4 bits: 128
+inputs of a row, and the scale is searched: a smaller one cuts off the largest weights and rounds all others
+more finely; that of the least squared error is taken. Zero is in the middle; with --no_sym between the least
+and the largest weight. Embedding, norms, biases and, without --head_bits 8, the head stay as they are.
 
-The folder is GPTQ's: qweight, qzeros, scales, g_idx instead of a weight, and a quantization_config. It is
-made tensor by tensor: memory is that of one matrix and of one file of the result.
+The folder has GPTQ's layout: qweight, qzeros, scales, g_idx instead of a weight, and a quantization_config
+(checkpoint_format gptq; with --no_sym gptq_v2). It is made tensor by tensor: about ten bytes a weight of the
+largest matrix, and one file of the result, are held at a time; --text loads the whole model.
 
     python quantize.py out/sft --out out/sft-int4
     python quantize.py out/sft --bits 8 --out out/sft-int8 --text corpus.jsonl   # perplexity before and after
     python generate.py out/sft-int4
 
-Frantar et al. 2022, "GPTQ" (the layout; groups); Dettmers et al. 2022, "LLM.int8()".
+Frantar et al. 2022, "GPTQ" (groups; its way of rounding is not here yet); Dettmers et al. 2022, "LLM.int8()".
 """
 
 from __future__ import annotations
@@ -83,10 +84,9 @@ def round_to_nearest(
 def pack_matrix(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, how: Quantization) -> dict:
     """Bring q (N, K), zeros and scales (N, G) into the tensors of model.QuantLinear, by their names."""
     K, G = q.shape[1], scales.shape[1]
-    stored = zeros.t().int() - int(how.zeros_less_one)
     return {
         "qweight": kernels.pack(q.t(), how.bits, 0),
-        "qzeros": kernels.pack(stored, how.bits, 1),
+        "qzeros": kernels.pack(zeros.t(), how.bits, 1) - how.zeros_less_one * kernels.ones(how.bits),
         "scales": scales.t().contiguous(),
         "g_idx": (torch.arange(K) // (K // G)).int(),
     }
@@ -103,8 +103,8 @@ class QuantizeConfig:
     group_size: int = 0  # inputs that share a scale; -1: a row; 0: 8 bits -1, 4 bits 128, 64 or 32
     sym: bool = True  # zero in the middle; --no_sym: between the least and the largest weight of a group
     head_bits: Literal[0, 8] = 0  # 8: the head too, one scale a row; a tied head is untied
-    search: bool = True  # look for the scale of the least error; --no_search: the one that cuts nothing off
-    text: str = ""  # .txt, .jsonl, …: perplexity before and after
+    search: bool = True  # 4 bits: the scale of the least error; --no_search: the one that cuts nothing off
+    text: str = ""  # .txt, .jsonl, …: perplexity before and after, in rows of up to 1,024 tokens
     text_tokens: int = 20_000  # of it at most
     shard_bytes: int = 2_000_000_000  # a file of the result holds at most so much
     device: str = "auto"  # for the perplexity: auto, cpu, cuda
@@ -121,6 +121,10 @@ def quantize_folder(config: QuantizeConfig) -> None:
     shape = checkpoint.read_config(folder)
     if shape.quantization:
         raise ValueError(f"{folder} is quantised already; take the model it was made of")
+    if config.head_bits and shape.head != "lm":
+        raise ValueError(f"--head_bits {config.head_bits}: {folder} has no language-model head")
+    if Path(config.out).exists() and any(Path(config.out).iterdir()):
+        raise ValueError(f"{config.out} exists and is not empty; choose another --out or remove it")
     how = plan(shape, config)
     result = dataclasses.replace(
         shape, quantization=how, tie_word_embeddings=shape.tie_word_embeddings and not how.head_bits
@@ -159,7 +163,8 @@ def plan(shape, config: QuantizeConfig) -> Quantization:
         inputs = {m.in_features for m in matrices(build(shape, "meta")).values()}
         fitting = [g for g in (128, 64, 32) if all(n % g == 0 for n in inputs)] if config.bits == 4 else []
         group = next(iter(fitting), -1)
-    return Quantization(config.bits, group, config.sym, config.head_bits)
+    less = config.sym  # symmetric folders are written as everyone reads them, others as v2, which is exact
+    return Quantization(config.bits, group, config.sym, zeros_less_one=less, head_bits=config.head_bits)
 
 
 def matrices(model: Model) -> dict[str, Linear]:
@@ -171,13 +176,8 @@ def write_quantized(
     folder: Path, shape, result, config: QuantizeConfig, out: Path
 ) -> tuple[list[dict], dict]:
     """Write weights, config and tokenizer into a folder; return the report's lines and the sizes in bytes."""
-    files = checkpoint.tensor_files(folder)
     source = build(shape, "meta")
-    names, missing, extra = checkpoint.match(set(files), source, folder)
-    if missing or extra:
-        raise ValueError(
-            checkpoint.misfit(folder, "the tensors do not fit config.json", missing=missing, unexpected=extra)
-        )
+    files, names = checkpoint.fitting(source, folder)
     few = set(matrices(source))
     lines, shards, sizes = [], Shards(out, config.shard_bytes), {"before": 0, "after": 0}
     dtype = checkpoint.folder_dtype(folder)
@@ -199,12 +199,10 @@ def write_quantized(
             bar.update()
     sizes["after"] = shards.close()
     common.write_json(out / "config.json", checkpoint.config_dict(result, dtype))
-    if (folder / "generation_config.json").is_file():
-        common.write_json(
-            out / "generation_config.json", checkpoint.read_object(folder / "generation_config.json")
-        )
-    else:
-        common.write_json(out / "generation_config.json", checkpoint.generation_config(result))
+    if shape.head == "lm":
+        path = folder / "generation_config.json"
+        said = checkpoint.read_object(path) if path.is_file() else checkpoint.generation_config(result)
+        common.write_json(out / "generation_config.json", said)
     if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         load_tokenizer(folder).save(out)
     return lines, sizes

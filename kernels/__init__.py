@@ -13,7 +13,7 @@ from kernels.glu import ACTIVATIONS, glu
 from kernels.linear_nll import linear_nll
 from kernels.matvec import by_columns, columns_are_faster, matvec
 from kernels.norm import layer_norm, rms_norm
-from kernels.quant import int4_linear, int8_linear, pack, unpack
+from kernels.quant import int4_linear, int8_linear, ones, pack, unpack
 from kernels.rope import rope, rope_table
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "layer_norm",
     "linear_nll",
     "matvec",
+    "ones",
     "pack",
     "rms_norm",
     "rope",

@@ -33,6 +33,11 @@ def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
     return torch.stack(parts, dim + 1).to(torch.uint8).flatten(dim, dim + 1)
 
 
+def ones(bits: int) -> int:
+    """Give the word with a 1 in each of its fields: by so much GPTQ's format v1 stores zeros too low."""
+    return {4: 0x11111111, 8: 0x01010101}[bits]
+
+
 def int8_linear(
     x: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:

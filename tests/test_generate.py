@@ -952,7 +952,8 @@ def test_the_folders_generation_settings_serve_where_no_flag_is_typed(published,
     [
         ({}, {"do_sample": False, "temperature": 0.7, "num_beams": 4}, {"temperature": 0, "num_beams": 4}),
         ({"num_beams": 3}, {"do_sample": False}, {"temperature": 0, "num_beams": 3}),
-        ({}, {"num_beams": 3, "temperature": 0.7}, {"temperature": 0.7, "num_beams": 1}),
+        ({}, {"num_beams": 3, "temperature": 0.7, "do_sample": True}, {"temperature": 0.7, "num_beams": 1}),
+        ({}, {"num_beams": 3}, {"temperature": 0, "num_beams": 3}),
         ({"temperature": 0.9}, {"do_sample": False, "num_beams": 3}, {"temperature": 0.9, "num_beams": 1}),
         (
             {},

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from conftest import run_script
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import checkpoint
 import common
@@ -66,6 +67,8 @@ def make(folder, out, **how):
 def by_hand(tensors, name, bits, less_one):
     """Put a weight together from the tensors of a GPTQ folder, with numpy and plain loops over the bits."""
     words, stored = (tensors[f"{name}.{part}"].numpy().view(np.uint32) for part in ("qweight", "qzeros"))
+    if less_one:  # on whole words, as other tools convert v1 to v2: a field may carry into the next
+        stored = stored + np.uint32(0x11111111 if bits == 4 else 0x01010101)
     per, mask = 32 // bits, 2**bits - 1
     inputs, outputs = words.shape[0] * per, words.shape[1]
     scales, group = tensors[f"{name}.scales"].double().numpy(), tensors[f"{name}.g_idx"].numpy()
@@ -73,7 +76,7 @@ def by_hand(tensors, name, bits, less_one):
     for k in range(inputs):
         q = (words[k // per] >> (bits * (k % per))) & mask
         zero = [(stored[group[k], n // per] >> (bits * (n % per))) & mask for n in range(outputs)]
-        weight[:, k] = scales[group[k]] * (q.astype(int) - np.array(zero, dtype=int) - less_one)
+        weight[:, k] = scales[group[k]] * (q.astype(int) - np.array(zero, dtype=int))
     return torch.from_numpy(weight)
 
 
@@ -98,6 +101,33 @@ def test_a_weight_by_hand():
         getattr(layer, name).data.copy_(value)
     assert int(layer.qzeros[0, 0]) & 0xFFFFFFFF == 0x77777777, "zero 8 is stored as 7"
     assert layer.dequantize(torch.float32)[3].tolist() == [(k % 16 - 8) / 2 for k in range(32)]
+
+
+def test_zeros_stored_too_low_by_one_carry_from_field_to_field():
+    layer = QuantLinear(32, 8, False, Quantization(4, 32, sym=False))
+    zeros = torch.tensor([[0], [5], [8], [8], [8], [8], [8], [15]])
+    parts = quantize.pack_matrix(torch.zeros(8, 32), zeros, torch.ones(8, 1), Quantization(4, 32, sym=False))
+    assert hex(int(parts["qzeros"]) & 0xFFFFFFFF) == "0xe777773f", "0x...850 less 0x11111111"
+    for name, value in parts.items():
+        getattr(layer, name).data.copy_(value)
+    assert layer.dequantize(torch.float32)[:, 0].tolist() == [-float(z) for z in zeros]
+
+
+def test_inputs_belong_to_the_groups_that_g_idx_names():
+    how, rng = Quantization(4, 32, desc_act=True), torch.Generator().manual_seed(5)
+    weight, order = torch.randn(16, 128, generator=rng), torch.randperm(128, generator=rng)
+    q, zeros, scales = quantize.round_to_nearest(weight, 4, 32)
+    plain, shuffled = QuantLinear(128, 16, False, how), QuantLinear(128, 16, False, how)
+    for layer, values, groups in (
+        (plain, q, torch.arange(128) // 32),
+        (shuffled, q[:, order], (torch.arange(128) // 32)[order]),
+    ):
+        parts = quantize.pack_matrix(values, zeros, scales, how) | {"g_idx": groups}
+        for name, value in parts.items():
+            getattr(layer, name).data.copy_(value)
+    want = plain.dequantize(torch.float32)
+    assert (want - weight).norm() < 0.15 * weight.norm()
+    assert torch.equal(shuffled.dequantize(torch.float32), want[:, order])
 
 
 def test_casting_a_model_moves_no_bit_of_its_scales(folders, tmp_path):
@@ -245,7 +275,11 @@ def test_small_files_make_a_folder_with_an_index_of_the_same_tensors(folders, tm
     again = {name: t for file in files for name, t in load_file(file).items()}
     assert again.keys() == one.keys() and all(torch.equal(again[n], one[n]) for n in one)
     checkpoint.load_model(many)
-    make(many.parent / "../" / folders["llama-untied"], tmp_path / "from shards")
+    model = checkpoint.load_model(folders["llama-untied"])
+    checkpoint.save_model(model, tmp_path / "source", shard_bytes=100_000)
+    assert len(list((tmp_path / "source").glob("*.safetensors"))) > 3
+    from_many = load_file(make(tmp_path / "source", tmp_path / "q") / "model.safetensors")
+    assert from_many.keys() == one.keys() and all(torch.equal(from_many[n], one[n]) for n in one)
 
 
 @pytest.mark.parametrize(("how", "published"), [((8, -1), 13.73), ((4, 128), 8.01), ((4, -1), 7.83)])
@@ -278,13 +312,67 @@ def test_what_cannot_be_quantised_is_refused_and_nothing_is_written(folders, tmp
         make(folders["llama-tied"], tmp_path / "again", group_size=20)
     with pytest.raises(ValueError, match="exists and is not empty"):
         make(folders["llama-tied"], folder)
+    for kind in ("score", "none"):
+        headless = build(dataclasses.replace(checkpoint.read_config(folders["bloom"]), head=kind))
+        M.init_weights(headless, 1)
+        checkpoint.save_model(headless, tmp_path / kind)
+        with pytest.raises(ValueError, match="no language-model head"):
+            make(tmp_path / kind, tmp_path / "again", head_bits=8)
+        checkpoint.load_model(make(tmp_path / kind, tmp_path / f"{kind} in 4 bits"))
+    tensors = load_file(folders["llama-untied"] / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(200, 128)
+    shutil.copytree(folders["llama-untied"], tmp_path / "odd")
+    save_file(tensors, tmp_path / "odd/model.safetensors")
+    with pytest.raises(ValueError, match="1 of another shape: model.layers.1.mlp.up_proj.weight"):
+        make(tmp_path / "odd", tmp_path / "again")
+    old = tok.load_tokenizer(folder)
+    with pytest.raises(ValueError, match="a quantised model is not resized"):
+        checkpoint.resize_model(checkpoint.load_model(folder), old, old)
+    assert M.num_params(checkpoint.read_config(folder)) == M.num_params(
+        checkpoint.read_config(folders["llama-tied"])
+    )
     assert not (tmp_path / "again").exists()
+
+
+def test_what_others_write_loads_and_what_we_write_they_read(folders, tmp_path):
+    from transformers import GPTQConfig
+
+    folder = make(folders["llama-untied"], tmp_path / "q", group_size=32)
+    ids, config = torch.arange(20)[None], json.loads((folder / "config.json").read_text())
+    want = checkpoint.load_model(folder, torch.float32)(ids)
+    theirs = GPTQConfig.from_dict(dict(config["quantization_config"]))
+    assert (theirs.bits, theirs.group_size, theirs.desc_act, theirs.sym) == (4, 32, False, True)
+    config["quantization_config"] = theirs.to_dict() | {"is_marlin_format": False, "damp_percent": 0.01}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("g_idx")]:
+        del tensors[name]  # as some tools do
+        tensors[name.replace("g_idx", "bias")] = torch.zeros(8, dtype=torch.float16)  # as older ones did
+    save_file(tensors, folder / "model.safetensors")
+    assert torch.equal(checkpoint.load_model(folder, torch.float32)(ids), want)
+    bias = next(n for n in tensors if n.endswith(".bias"))
+    save_file(tensors | {bias: torch.ones(8)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=f"1 unexpected: {bias}"):
+        checkpoint.load_model(folder)
+    groups = {bias.replace("bias", "g_idx"): torch.full((256 if "down_proj" in bias else 128,), 9).int()}
+    save_file(tensors | groups, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="g_idx names groups that are not there"):
+        checkpoint.load_model(folder)
+
+
+def test_the_order_and_symmetry_that_a_folder_says_are_said_again():
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": True, "sym": False}
+    how = checkpoint._read_quantization(said, "config.json")
+    assert how == Quantization(4, 64, sym=False, desc_act=True, zeros_less_one=True)
+    assert said.items() <= checkpoint._say_quantization(how).items()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "quant_method 'awq'; only 'gptq' is read"),
+        ({"quant_method": "awq"}, "only quant_method 'gptq' is read"),
+        ({"group_size": None}, "group_size None: expected -1 or a multiple of 32"),
+        ({"format": "gptq_v2"}, "only checkpoint_format gptq and gptq_v2"),
         ({"bits": 3}, "expected 4 or 8"),
         ({"checkpoint_format": "marlin"}, "only checkpoint_format gptq and gptq_v2"),
         ({"rotation": "hadamard"}, "rotation is not understood, and it may change what the tensors mean"),
