@@ -80,8 +80,6 @@ def hf_name(name: str, family: str) -> str:
 
 
 ADAPTERS = ("lora_A.weight", "lora_B.weight", "new_rows")  # what lora.py adds; no model folder holds it
-
-
 QUANTIZED = (".qweight", ".qzeros", ".scales", ".g_idx")  # of a model.QuantLinear; never cast
 
 
@@ -428,7 +426,7 @@ def open_tensors(path: Path):
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list, list]:
+def _match(names: set[str], model: nn.Module, folder: Path) -> tuple[dict, list, list]:
     """Match a folder's tensor names with the model's: {theirs: ours}, what is missing, what is unexpected."""
     config = model.config
     if any("Wqkv" in n or ".mixer." in n for n in names):
@@ -490,7 +488,7 @@ def fitting(model: nn.Module, folder: Path) -> tuple[dict[str, Path], dict[str, 
     ValueError lists every missing, unexpected or wrongly shaped tensor.
     """
     files, bare = tensor_files(folder), getattr(model, "module", model)
-    ours, missing, extra = match(set(files), bare, folder)
+    ours, missing, extra = _match(set(files), bare, folder)
     target, wrong = parameters(model), []
     if bare.config.quantization:
         if not bare.config.quantization.desc_act:
@@ -656,8 +654,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
         if shards[-1] and sum(map(bytes_of.get, shards[-1])) + bytes_of[name] > shard_bytes:
             shards.append([])
         shards[-1].append(name)
-    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
+    files = shard_files(len(shards))
     written, problem = [], None
     for start in range(0, len(files), world):  # one file for each rank
         mine = {}
@@ -680,9 +677,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     if rank == 0:
         values = {"config.json": config_dict(model.config, next(iter(kinds.values())))}
         if len(shards) > 1:
-            weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-            total = {"total_size": sum(bytes_of.values())}
-            values["model.safetensors.index.json"] = {"metadata": total, "weight_map": weight_map}
+            values["model.safetensors.index.json"] = shard_index(shards, sum(bytes_of.values()))
         if model.config.head == "lm":
             values["generation_config.json"] = generation_config(model.config)
         for name, value in values.items():
@@ -692,6 +687,20 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
             tokenizer.save(folder)
             written += tokenizer.files
     return written
+
+
+def shard_files(count: int) -> list[str]:
+    """Name the files of a model folder's weights."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def shard_index(shards: list[list[str]], size: int) -> dict:
+    """Say which file holds which tensors, and how many bytes all of them have."""
+    files = shard_files(len(shards))
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    return {"metadata": {"total_size": size}, "weight_map": weight_map}
 
 
 def generation_config(config: ModelConfig) -> dict:

@@ -592,7 +592,7 @@ def encode_questions(model: Model, tokenizer: Tokenizer, rows: list[dict]) -> di
 
     ValueError, with the row's place: what the template cannot write.
     """
-    limit = model.config.max_position_embeddings if model.config.switches.rope else sys.maxsize
+    limit = model.config.limit
     endless = dataclasses.replace(model.config, max_position_embeddings=sys.maxsize)  # refuses no length
     prompts = {i: question_ids(row, tokenizer, endless) for i, row in enumerate(rows)}
     return {i: ids for i, ids in prompts.items() if len(ids) < limit}
@@ -605,7 +605,7 @@ def sample_replies(
 
     None: the reply did not come to its end in --max_new_tokens, or in the context.
     """
-    limit = model.config.max_position_embeddings if model.config.switches.rope else sys.maxsize
+    limit = model.config.limit
     order = sorted(prompts, key=lambda i: len(prompts[i]))
     common_settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(Sampling)}
     with common.progress(len(order), "sample", " replies") as bar:

@@ -44,7 +44,7 @@ import chat
 import common
 import kernels
 import lora
-from checkpoint import base_folder, is_adapter_folder, model_folder, read_object
+from checkpoint import base_folder, model_folder, read_object
 from model import (
     MLP,
     Attention,
@@ -84,10 +84,7 @@ def load(
         have, need = model.config.vocab_size, tokenizer.vocab_size
         raise ValueError(f"{folder}: the tokenizer has {need} tokens, the model only {have}")
     model.known_vocab = tokenizer.vocab_size
-    if (
-        not is_adapter_folder(folder)
-        and (said := _generation_settings(folder).get("eos_token_id")) is not None
-    ):
+    if (said := _generation_settings(folder).get("eos_token_id")) is not None:
         model.config.eos_token_id = said  # as in transformers it wins over config.json
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
@@ -398,8 +395,9 @@ def room(model: Model, prompts: Sequence[Sequence[int]], samplings: Sequence[Sam
     """
     if not all(prompts):
         raise ValueError("a prompt is empty, and this tokenizer has no beginning-of-text token to start from")
-    limit = model.config.max_position_embeddings if model.config.switches.rope else sys.maxsize
-    return [min(s.max_new_tokens, limit - len(p)) for s, p in zip(samplings, prompts, strict=True)]
+    return [
+        min(s.max_new_tokens, model.config.limit - len(p)) for s, p in zip(samplings, prompts, strict=True)
+    ]
 
 
 def prefill(
@@ -417,11 +415,10 @@ def prefill(
     dtype = model.compute_dtype or table.dtype
     if prefix is None and B > 1:
         prefix = Prefix(list(prompts[0][: min(_alike(prompts[0], prompt) for prompt in prompts)]))
-        if known := prefix.known(prompts):
-            _, prefix.cache = prefill(model, [prefix.ids[:known]], 0)
     known = prefix.known(prompts) if prefix else 0
-    context = model.config.max_position_embeddings if model.config.switches.rope else sys.maxsize
-    cache = KVCache(model.config, B, max(longest, min(context, longest + new)), dtype, device)
+    if known and prefix.cache is None:
+        _, prefix.cache = prefill(model, [prefix.ids[:known]], 0)
+    cache = KVCache(model.config, B, max(longest, min(model.config.limit, longest + new)), dtype, device)
     if known:
         cache.k[:, :, :, :known] = prefix.cache.k[:, :1, :, :known]
         cache.v[:, :, :, :known] = prefix.cache.v[:, :1, :, :known]
@@ -462,7 +459,6 @@ def decode(
         while True:
             held = len(texts[0])
             logits[:, model.known_vocab :] = -math.inf  # rows of the table beyond the tokenizer have no text
-            # argmax takes 2.5 times as long on a CPU
             chosen = logits.max(-1).indices.tolist() if plain else logits.cpu()
             tokens: list[int | None] = []
             for b, s in enumerate(samplings):
@@ -1073,10 +1069,10 @@ def _read_lines(name: str, tokenizer: Tokenizer, model: Model) -> list[tuple[str
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
-    found, context = [], model.config.max_position_embeddings
+    found, context = [], model.config.limit
     for n, line in enumerate((line.rstrip("\r") for line in lines), 1):
         ids = tokenizer.encode_prompt(line) if line.strip() else []
-        if model.config.switches.rope and len(ids) > context:  # before anything is written
+        if len(ids) > context:  # before anything is written
             raise ValueError(f"{path}:{n}: {len(ids)} tokens exceed the model's context of {context}")
         found += [(line, ids)] if ids else []
     return found

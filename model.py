@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import warnings
 import zlib
 from dataclasses import dataclass
@@ -151,6 +152,11 @@ class ModelConfig:
         """The ids that end a text."""
         eos = self.eos_token_id
         return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+    @property
+    def limit(self) -> int:
+        """Tokens of the longest text that the model takes: a RoPE model's context; ALiBi goes on."""
+        return self.max_position_embeddings if self.switches.rope else sys.maxsize
 
     @property
     def switches(self) -> Family:

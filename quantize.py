@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 import checkpoint
 import common
 import kernels
-from generate import load
+from generate import load, score
 from model import Linear, Model, Quantization, build
 from tokenizer import load_tokenizer
 
@@ -123,16 +123,14 @@ def quantize_folder(config: QuantizeConfig) -> None:
         raise ValueError(f"{folder} is quantised already; take the model it was made of")
     if config.head_bits and shape.head != "lm":
         raise ValueError(f"--head_bits {config.head_bits}: {folder} has no language-model head")
-    if Path(config.out).exists() and any(Path(config.out).iterdir()):
-        raise ValueError(f"{config.out} exists and is not empty; choose another --out or remove it")
     how = plan(shape, config)
     result = dataclasses.replace(
         shape, quantization=how, tie_word_embeddings=shape.tie_word_embeddings and not how.head_bits
     )
     build(result, "meta")  # refuses matrices that do not fit
     device = common.start_process(config.device).device
-    before = perplexity(folder, config, device) if config.text else None
     with common.atomic_folder(config.out) as tmp:
+        before = perplexity(folder, config, device) if config.text else None
         lines, sizes = write_quantized(folder, shape, result, config, tmp)
         report = {"tensors": lines, "bytes": sizes}
         if config.text:
@@ -240,34 +238,31 @@ class Shards:
     def __init__(self, folder: Path, limit: int):
         self.folder, self.limit = folder, limit
         self.held: dict[str, torch.Tensor] = {}
-        self.files: list[list[str]] = []
-        self.bytes = 0
+        self.names: list[list[str]] = []  # of the tensors of each file
+        self.held_bytes = self.bytes = 0
 
     def add_all(self, tensors: dict[str, torch.Tensor]) -> None:
         """Take tensors by name; write a file when the next would make it too large."""
         for name, tensor in tensors.items():
             size = tensor.numel() * tensor.itemsize
-            if self.held and sum(t.numel() * t.itemsize for t in self.held.values()) + size > self.limit:
+            if self.held and self.held_bytes + size > self.limit:
                 self._write()
             self.held[name] = tensor.contiguous()
-            self.bytes += size
+            self.held_bytes += size
 
     def _write(self) -> None:
-        self.files.append(list(self.held))
-        save_file(self.held, self.folder / f"{len(self.files)}.tmp", metadata={"format": "pt"})
-        self.held = {}
+        self.names.append(list(self.held))
+        save_file(self.held, self.folder / f"{len(self.names)}.tmp", metadata={"format": "pt"})
+        self.bytes += self.held_bytes
+        self.held, self.held_bytes = {}, 0
 
     def close(self) -> int:
         """Write what is held, name the files and their index; return the bytes of all tensors."""
         self._write()
-        count = len(self.files)
-        names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
-        names = names if count > 1 else ["model.safetensors"]
-        for i, name in enumerate(names, 1):
+        for i, name in enumerate(checkpoint.shard_files(len(self.names)), 1):
             (self.folder / f"{i}.tmp").rename(self.folder / name)
-        if count > 1:
-            where = {tensor: name for name, held in zip(names, self.files, strict=True) for tensor in held}
-            index = {"metadata": {"total_size": self.bytes}, "weight_map": where}
+        if len(self.names) > 1:
+            index = checkpoint.shard_index(self.names, self.bytes)
             common.write_json(self.folder / "model.safetensors.index.json", index)
         return self.bytes
 
@@ -275,7 +270,6 @@ class Shards:
 # --- 3. perplexity ------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def perplexity(folder: Path, config: QuantizeConfig, device: str) -> float:
     """exp of the mean nll of the tokens of --text, one document after another in rows of the context."""
     model, tokenizer = load(folder, device=device, rows=8)
@@ -288,10 +282,8 @@ def perplexity(folder: Path, config: QuantizeConfig, device: str) -> float:
     ids = ids[: config.text_tokens + 1]
     if len(ids) < 2:
         raise ValueError(f"{config.text}: no text")
-    total = 0.0
-    for start in range(0, len(ids) - 1, length):
-        row = torch.tensor([ids[start : start + length + 1]], device=device)
-        total += float(model(row[:, :-1], row[:, 1:]).double().sum())
+    rows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+    total = sum(float(score(model, [row])[0].double().sum()) for row in rows)
     return math.exp(total / (len(ids) - 1))
 
 
