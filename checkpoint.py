@@ -640,7 +640,7 @@ def write_model(model, folder: Path, tokenizer=None, dtype=None, shard_bytes=5_0
     """
     model = getattr(model, "module", model)
     rank, world = _place()
-    if any("qkv_proj" in n or "gate_up_proj" in n for n in parameters(model)):
+    if any("qkv_proj" in name for name, _ in model.named_modules()):
         raise ValueError("this model was fused by generate.load; save the one of checkpoint.load_model")
     if not getattr(getattr(model, "adapters", None), "merged", True):
         raise ValueError("this model has adapters: lora.save_adapter writes them, lora.merge puts them in")

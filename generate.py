@@ -8,8 +8,7 @@ length, padded on the right; what they begin with alike only once), and `decode`
 but beams, adds one token a row and step. Each row has its own random generator, so its text does not depend
 on what else is in the batch, but for rounding.
 
-At load q, k, v and gate, up are fused into one matrix each, which saves calls; fused weights are never saved.
-A single row on a CPU has a decoding step of its own (`OneRow`).
+At load a model is rearranged for speed (inference.py); a single row on a CPU has a decoding step of its own.
 
     python generate.py out/run --prompt "大家都知道，"
     python generate.py out/run --file prompts.txt --no_echo --temperature 0 --num_beams 4
@@ -37,27 +36,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import tyro
 
 import chat
 import common
-import kernels
 import lora
 from checkpoint import base_folder, model_folder, read_object
-from model import (
-    MLP,
-    Attention,
-    Head,
-    KVCache,
-    Linear,
-    Model,
-    ModelConfig,
-    Norm,
-    Positions,
-    QuantHead,
-    QuantLinear,
-)
+from inference import OneRow, fuse, weight_bytes
+from model import KVCache, Model, ModelConfig
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. loading --------------------------------------------------------------------------------------------
@@ -75,8 +61,6 @@ def load(
     model = lora.load_model(folder, dtype, device)
     if dtype is None and common.best_dtype(device) == torch.float32:
         model.float()
-    if model.config.quantization:
-        expand(model)
     if model.config.head != "lm":
         raise ValueError(f"{folder}: a model without a language-model head cannot write")
     tokenizer = load_tokenizer(lora.tokenizer_folder(folder))
@@ -89,175 +73,6 @@ def load(
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
     return fuse(model, rows), tokenizer
-
-
-@torch.no_grad()
-def expand(model: Model) -> Model:
-    """Put the matrices of a quantised model together, in place: their values, in the memory of whole ones."""
-    dtype = model.embed_tokens.weight.dtype
-    for name in [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]:
-        old = model.get_submodule(name)
-        kind = Head if isinstance(old, QuantHead) else Linear
-        new = kind(old.in_features, old.out_features, old.bias is not None, "meta")
-        new.weight = nn.Parameter(old.dequantize(dtype), requires_grad=False)
-        new.bias = old.bias
-        above, _, last = name.rpartition(".")
-        setattr(model.get_submodule(above), last, new)
-    model.config = dataclasses.replace(model.config, quantization=None)
-    return model
-
-
-class FusedAttention(Attention):
-    """Attention whose q, k and v come from one matrix, qkv_proj: H·D rows of q, K·D of k, K·D of v."""
-
-    def project(self, x: torch.Tensor, at: Positions):
-        """Give q (B, H, T, D), k and v (B, K, T, D), turned to their positions."""
-        B, T, _ = x.shape
-        heads = self.qkv_proj(x).view(B, T, self.heads + 2 * self.kv_heads, self.head_dim).transpose(1, 2)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), dim=1)
-        if at.cos is not None:
-            qk = kernels.rope(qk, at.cos, at.sin)
-        return *qk.split((self.heads, self.kv_heads), dim=1), v
-
-
-class FusedMLP(nn.Module):
-    """A gated MLP whose gate and up come from one matrix."""
-
-    def __init__(self, mlp):
-        super().__init__()
-        self.gate_up_proj = _stack(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = mlp.down_proj
-        self.act = mlp.act
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Transform each position: (B, T, C) -> (B, T, C)."""
-        return self.down_proj(kernels.glu(*self.gate_up_proj(x).chunk(2, dim=-1), self.act))
-
-
-def _stack(*layers: Linear) -> Linear:
-    """Make one linear layer of several that read the same input."""
-    outputs = sum(p.out_features for p in layers)
-    stacked = Linear(layers[0].in_features, outputs, layers[0].bias is not None, "meta")
-    stacked.weight = nn.Parameter(torch.cat([p.weight for p in layers]))
-    if stacked.bias is not None:
-        stacked.bias = nn.Parameter(torch.cat([p.bias for p in layers]))
-    return stacked
-
-
-@torch.no_grad()
-def fuse(model: Model, rows: int = 1) -> Model:
-    """Stack q, k, v and gate, up of every layer, in place, for inference.
-
-    With rows 1 weights are stored by columns where that is faster (1.5 times with two threads on a CPU, see
-    kernels/matvec.py); 2 to 16 rows at a time would then be slower.
-    """
-    for layer in model.layers:
-        attn, mlp = layer.self_attn, layer.mlp
-        if isinstance(attn, FusedAttention):
-            continue  # stacked before
-        if attn.interleaved:  # BLOOM's rows are (H, 3, D)
-            attn.qkv_proj = qkv = attn.query_key_value
-            del attn.query_key_value
-            for p in (qkv.weight, qkv.bias):
-                p.copy_(p.unflatten(0, (attn.heads, 3, attn.head_dim)).transpose(0, 1).flatten(0, 2).clone())
-        else:
-            attn.qkv_proj = _stack(attn.q_proj, attn.k_proj, attn.v_proj)
-            del attn.q_proj, attn.k_proj, attn.v_proj
-        attn.__class__ = FusedAttention
-        if mlp.gate_proj is not None:
-            layer.mlp = FusedMLP(mlp)
-    for module in model.modules():
-        if isinstance(module, Linear):
-            columns = rows == 1 and kernels.columns_are_faster(module.weight)
-            module.weight.data = kernels.by_columns(module.weight) if columns else module.weight.contiguous()
-    return model.requires_grad_(False).eval()
-
-
-class OneRow:
-    """A fused model on a CPU that continues one row by one token: Model.forward, written flat.
-
-    At this size the arithmetic is a few vectors between matrices, and Python a third of the time: here are
-    vectors instead of (1, 1, C), no modules, nothing computed twice, and kernels.matvec.
-    """
-
-    def __init__(self, model: Model):
-        self.config = config = model.config
-        self.table = model.embed_tokens.weight
-        self.embed_norm = _row_norm(model.embed_norm) if config.switches.embed_norm else None
-        self.layers = [
-            (
-                _row_norm(layer.input_layernorm),
-                _row_product(layer.self_attn.qkv_proj),
-                _row_product(layer.self_attn.o_proj),
-                None if config.switches.parallel else _row_norm(layer.post_attention_layernorm),
-                _row_mlp(layer.mlp),
-            )
-            for layer in model.layers
-        ]
-        self.norm, self.head = _row_norm(model.norm), _row_product(model.lm_head)
-        self.rope, self.slopes = model.position_tables("cpu")
-
-    @staticmethod
-    def fits(model: Model) -> bool:
-        """Tell whether this model can be run this way."""
-        weight = model.embed_tokens.weight
-        one_dtype = model.compute_dtype in (None, weight.dtype)
-        return weight.is_cpu and one_dtype and isinstance(model.layers[0].self_attn, FusedAttention)
-
-    def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
-        """Put a token after those of the cache's only row; return the logits (V,) of the next."""
-        H, K, D = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
-        position = int(cache.lengths)
-        x = self.table[token]  # (C,)
-        if self.embed_norm:
-            x = self.embed_norm(x)
-        if self.rope is not None:
-            cos, sin = kernels.rope_table(cache.lengths[None], self.rope)
-        for i, (norm, qkv, out, mlp_norm, mlp) in enumerate(self.layers):
-            n = norm(x)
-            heads = qkv(n).view(1, H + 2 * K, 1, D)
-            qk, v = heads[:, : H + K], heads[:, H + K :]
-            if self.rope is not None:
-                qk = kernels.rope(qk, cos, sin)
-            keys, values = cache.k[i], cache.v[i]
-            keys[:, :, position] = qk[:, H:, 0]
-            values[:, :, position] = v[:, :, 0]
-            y = kernels.attention_decode(qk[:, :H], keys, values, cache.lengths, self.slopes)
-            x = out(y.view(-1), x)
-            x = mlp(n if mlp_norm is None else mlp_norm(x), x)  # Phi: attention and MLP read the same norm
-        cache.lengths = cache.lengths + 1
-        return self.head(self.norm(x))
-
-
-def _row_product(layer: Linear) -> Callable[..., torch.Tensor]:
-    weight, bias = layer.weight, layer.bias
-
-    def product(x, add=None):
-        """Map (in,) to (out,), and add a vector."""
-        if bias is not None:
-            add = bias if add is None else add + bias
-        return kernels.matvec(weight, x, add)
-
-    return product
-
-
-def _row_norm(norm: Norm) -> Callable[[torch.Tensor], torch.Tensor]:
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
-    if bias is None:
-        return lambda x: kernels.rms_norm(x, weight, eps)
-    return lambda x: kernels.layer_norm(x, weight, bias, eps)
-
-
-def _row_mlp(mlp: MLP | FusedMLP) -> Callable[..., torch.Tensor]:
-    up = _row_product(mlp.gate_up_proj if isinstance(mlp, FusedMLP) else mlp.up_proj)
-    down, act, width = _row_product(mlp.down_proj), mlp.act, mlp.down_proj.in_features
-    activation = kernels.ACTIVATIONS[act]
-
-    def gated(x, add):
-        h = up(x)
-        return down(kernels.glu(h[:width], h[width:], act), add)
-
-    return gated if isinstance(mlp, FusedMLP) else lambda x, add: down(activation(up(x)), add)
 
 
 # --- 2. choosing a token -----------------------------------------------------------------------------------
@@ -1054,8 +869,8 @@ def _complete(model: Model, tokenizer: Tokenizer, config: GenerateConfig) -> Non
     print()
     if sys.stderr.isatty() and prefix.cache is not None:
         count = len(prefix.ids) + 1 - len(ids)  # the last token was not read
-        size = sum(p.numel() * p.itemsize for p in model.parameters())
-        rate = f"{count / seconds:.1f} tokens/s, {count * size / seconds / 1e9:.1f} GB/s of weights"
+        rate = count / seconds
+        rate = f"{rate:.1f} tokens/s, {rate * weight_bytes(model) / 1e9:.1f} GB/s of weights"
         print(f"[{count} tokens with the prompt's time, {rate}]", file=sys.stderr)
 
 

@@ -334,8 +334,7 @@ class QuantLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, bias: bool, how: Quantization):
         super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, how.bits
-        self.zeros_less_one = how.zeros_less_one
+        self.in_features, self.out_features, self.how, self.bits = in_features, out_features, how, how.bits
         group, per = in_features if how.group_size == -1 else how.group_size, 32 // how.bits
         if in_features % group or in_features % per or out_features % per:
             raise ValueError(
@@ -361,16 +360,20 @@ class QuantLinear(nn.Module):
         """Put the weight (out, in) together: products in fp32, rounded once; some outputs at a time."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.scales.device)
         groups, per = self.g_idx.long(), 32 // self.bits
-        zeros = (
-            self.qzeros + kernels.ones(self.bits) if self.zeros_less_one else self.qzeros
-        )  # words may carry
         step = max(1, 2**22 // self.in_features // per) * per
         for a in range(0, self.out_features, step):
-            b = a + step
-            q = kernels.unpack(self.qweight[:, a:b], self.bits, 0).float()  # (in, b − a)
-            zero = kernels.unpack(zeros[:, a // per : b // per], self.bits, 1).float()  # (groups, b − a)
-            weight[a:b] = ((q - zero[groups]) * self.scales[:, a:b].float()[groups]).t()
+            q, zeros, scales = (t.float() for t in self.values(a, a + step))
+            weight[a : a + step] = (q - zeros[:, groups]) * scales[:, groups]
         return weight
+
+    def values(self, a: int = 0, b: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Unpack some outputs, n: q (n, in) uint8, zeros (n, groups) uint8 and scales (n, groups) fp16."""
+        b, per = self.out_features if b is None else b, 32 // self.bits
+        zeros = self.qzeros[:, a // per : b // per]
+        if self.how.zeros_less_one:
+            zeros = zeros + kernels.ones(self.bits)  # may carry from field to field
+        q = kernels.unpack(self.qweight[:, a:b], self.bits, 0)
+        return q.t().contiguous(), kernels.unpack(zeros, self.bits, 1).t(), self.scales[:, a:b].t()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
@@ -518,7 +521,7 @@ class Head(Linear):
         """Return logits (..., V), or with targets (B, T) the pair (nll, lse), each (B, T) in fp32."""
         if targets is None:
             return super().forward(x)
-        return _token_losses(x, self.weight, self.bias, targets)
+        return token_losses(x, self.weight, self.bias, targets)
 
 
 class QuantHead(QuantLinear):
@@ -528,10 +531,10 @@ class QuantHead(QuantLinear):
         """Return logits (..., V), or with targets (B, T) the pair (nll, lse), each (B, T) in fp32."""
         if targets is None:
             return super().forward(x)
-        return _token_losses(x, self.dequantize(x.dtype), self.bias, targets)
+        return token_losses(x, self.dequantize(x.dtype), self.bias, targets)
 
 
-def _token_losses(x, weight, bias, targets):
+def token_losses(x, weight, bias, targets):
     nll, lse = kernels.linear_nll(x.flatten(0, 1), weight, bias, targets.flatten())
     return nll.view_as(targets), lse.view_as(targets)
 

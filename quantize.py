@@ -63,11 +63,11 @@ def round_to_nearest(
         low = 0
         least, most = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
         widest = (most - least) / high
-    if widest.max() > torch.finfo(torch.float16).max:
+    if widest.max() > 65280:  # the largest number of both fp16 and bf16
         raise ValueError(f"a scale of {float(widest.max()):.3g} is beyond fp16")
     best = None
     for share in SHRINK if search else SHRINK[:1]:
-        scale = (widest * share).clamp(min=TINY).half().float()  # as it will be stored
+        scale = (widest * share).clamp(min=TINY).bfloat16().half().float()  # exact as either
         if not sym:
             zero = (-least * share / scale).round().clamp(0, high)
         q = (w / scale + zero).round().clamp(low, high)

@@ -13,23 +13,23 @@ from kernels.glu import ACTIVATIONS, glu
 from kernels.linear_nll import linear_nll
 from kernels.matvec import by_columns, columns_are_faster, matvec
 from kernels.norm import layer_norm, rms_norm
-from kernels.quant import int4_linear, int8_linear, ones, pack, unpack
+from kernels.quant import Packed, ones, pack, packed, unpack
 from kernels.rope import rope, rope_table
 
 __all__ = [
     "ACTIVATIONS",
+    "Packed",
     "attention",
     "attention_decode",
     "by_columns",
     "columns_are_faster",
     "glu",
-    "int4_linear",
-    "int8_linear",
     "layer_norm",
     "linear_nll",
     "matvec",
     "ones",
     "pack",
+    "packed",
     "rms_norm",
     "rope",
     "rope_table",

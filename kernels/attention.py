@@ -37,8 +37,11 @@ def attention(
     if trains and _faster_by_document(q, k, v, lo):
         tokens = (t.transpose(1, 2).reshape(B * T, -1, D) for t in (q, k, v))  # (B·T, H or K, D)
         return _by_document(*tokens, _first_keys(lo, B, T)).view(B, T, H, D).transpose(1, 2)
-    if lo is None and start is None and slopes is None and T in (1, S):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=H != K)
+    if lo is None and start is None and slopes is None:
+        if T == 1:  # the heads of a group are rows that see the same keys
+            return F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v).view(B, H, 1, D)
+        if T == S:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
     key = torch.arange(S, device=q.device)
     offset = torch.tensor([S - T], device=q.device) if start is None else start
     position = offset[:, None] + torch.arange(T, device=q.device)  # (B or 1, T)
@@ -188,6 +191,5 @@ def attention_decode(
     T = q.shape[2]
     used = int(lengths.max()) + T  # the rest of the cache holds nothing that anyone sees
     k, v = k_cache[:, :, :used], v_cache[:, :, :used]
-    if q.shape[0] == 1 and T == 1 and slopes is None:  # the heads of a group are rows that see the same keys
-        return F.scaled_dot_product_attention(q.reshape(1, k.shape[1], -1, q.shape[3]), k, v).view(q.shape)
-    return attention(q, k, v, start=lengths, slopes=slopes)
+    alone = q.shape[0] == 1 and T == 1  # sees all that is used
+    return attention(q, k, v, start=None if alone else lengths, slopes=slopes)

@@ -45,7 +45,7 @@ def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = Non
     index, starts = _bags(len(x), torch.get_num_threads())
     # bag t adds up x[j] · columns[j] over its part of j; the flags: unscaled, mode 0 (sum), dense
     parts = torch.embedding_bag(columns, index, starts, False, 0, False, x)[0]  # (threads, out)
-    y = parts.sum(0)  # in fp32, of parts rounded to x's dtype
+    y = parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)  # of parts rounded to x's dtype
     return y if add is None else y + add
 
 

@@ -25,8 +25,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     h = x if residual is None else x + residual
     # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
     if h.dim() == 1 and h.is_cpu and not torch.is_grad_enabled():  # one token: the same in fewer calls
-        wide = h.to(torch.promote_types(h.dtype, torch.float32))
-        y = (wide / math.sqrt(torch.dot(wide, wide).item() / len(h) + eps)).to(h.dtype) * weight.to(h.dtype)
+        size = torch.linalg.vector_norm(h, dtype=torch.promote_types(h.dtype, torch.float32)).item()
+        y = h / math.sqrt(size * size / len(h) + eps) * weight.to(h.dtype)
     elif _trains_eagerly(h, weight):
         y = _RMSNorm.apply(h, weight, eps)
     else:

@@ -25,7 +25,7 @@ LEVELS = [
     "chat",
     "model tokenizer clean demo_corpus optim",
     "checkpoint",
-    "data lora parallel state",
+    "data lora parallel state inference",
     "generate plan",
     "train quantize",
     "sft",

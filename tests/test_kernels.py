@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import kernels
-from kernels.quant import int4_dequantize
 
 FP32, FP32_GRAD, BF16 = 2e-6, 4e-6, 1.2e-2
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -854,71 +853,62 @@ def test_norm_sums_the_gradients_of_many_bf16_rows_in_fp32_and_rounds_once(norm)
 # --- 7. eight and four bits ----------------------------------------------------------------------------------
 
 
-def pack(nibbles: torch.Tensor) -> torch.Tensor:
-    """(N, K) values 0 … 15 -> (N, K/2) bytes, column 2j in the low nibble of byte j."""
-    rows = [[int(a) | int(b) << 4 for a, b in zip(r[::2], r[1::2])] for r in nibbles.tolist()]
-    return torch.tensor(rows, dtype=torch.uint8)
-
-
-def test_every_pair_of_nibbles_unpacks_to_its_value():
-    nibbles = torch.tensor([[a, b] for a in range(16) for b in range(16)]).view(1, 512)
-    values = int4_dequantize(pack(nibbles), torch.ones(1, 16), torch.zeros(1, 16), 32)
-    assert torch.equal(values, nibbles.float() - 8)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("group", [32, 64, 128])
-@pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, FP32), (torch.bfloat16, BF16), (torch.float16, 2e-3)]
-)
-def test_int4_linear_equals_dequantised_product(group, symmetric, dtype, bound):
-    N, K = 48, 384
-    generator = torch.Generator().manual_seed(0)
-    nibbles = torch.randint(16, (N, K), generator=generator)
-    scales = torch.rand(N, K // group, generator=generator) * 0.1 + 0.01
-    zeros = torch.zeros_like(scales) if symmetric else randn(N, K // group, seed=1) * 0.1
-    scales, zeros, bias = scales.to(dtype), zeros.to(dtype), randn(N, seed=2, dtype=dtype)
-    weight = torch.empty(N, K, dtype=torch.float64)
+def quantised(N, K, G, bits, sym, seed=0):
+    """Random values, zeros and scales, and the matrix in fp64, weight by weight as the formula says."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randint(2**bits, (N, K), generator=generator).byte()
+    zeros = (
+        torch.full((N, G), 2 ** (bits - 1)) if sym else torch.randint(2**bits, (N, G), generator=generator)
+    )
+    scales = (torch.rand(N, G, generator=generator) * 0.1 + 0.01).bfloat16().half()  # exact in both
+    W = torch.empty(N, K, dtype=torch.float64)
     for n, k in itertools.product(range(N), range(K)):
-        weight[n, k] = float(scales[n, k // group]) * (int(nibbles[n, k]) - 8) + float(zeros[n, k // group])
-    for M in (1, 3, 17, 64):
-        x = randn(M, K, seed=3, dtype=dtype)
-        for b in (None, bias):
-            y = kernels.int4_linear(x, pack(nibbles), scales, zeros, group, b)
-            want = x.double() @ weight.T + (0 if b is None else b.double())
-            assert y.dtype == dtype and rel(y, want) < bound
-    assert kernels.int4_linear(randn(2, 3, K, dtype=dtype), pack(nibbles), scales, zeros, group).shape == (
-        2,
-        3,
-        N,
-    )
+        g = k * G // K
+        W[n, k] = float(scales[n, g]) * (int(q[n, k]) - int(zeros[n, g]))
+    return (q, zeros.byte(), scales), W
 
 
+PRODUCT_BOUNDS = {torch.float32: FP32, torch.bfloat16: BF16, torch.float16: 2e-3}
+
+
+@pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(
-    "dtype, bound", [(torch.float32, FP32), (torch.bfloat16, BF16), (torch.float16, 2e-3)]
+    "bits, N, K, group",
+    [(8, 200, 96, 96), (8, 33, 128, 64), (4, 70, 128, 32), (4, 16, 192, 192), (4, 64, 256, 128)],
 )
-def test_int8_linear_equals_dequantised_product(dtype, bound):
-    N, K = 33, 255
-    q = (torch.arange(N * K) % 255 - 127).to(torch.int8).view(N, K)  # every row holds every value −127 … 127
-    assert len(q[5].unique()) == 255
-    scale, bias = (
-        (torch.rand(N, generator=torch.Generator().manual_seed(0)) * 1e-2 + 1e-3).to(dtype),
-        randn(N).to(dtype),
-    )
-    weight = q.double() * scale.double()[:, None]
-    for M in (1, 2, 17):
-        x = randn(M, K, seed=3, dtype=dtype)
-        for b in (None, bias):
-            y = kernels.int8_linear(x, q, scale, b)
-            want = x.double() @ weight.T + (0 if b is None else b.double())
-            assert y.dtype == dtype and rel(y, want) < bound
-    assert kernels.int8_linear(randn(2, 3, K, dtype=dtype), q, scale).shape == (2, 3, N)
+@pytest.mark.parametrize("dtype", PRODUCT_BOUNDS)
+def test_packed_products_equal_the_definition(bits, N, K, group, sym, dtype):
+    parts, W = quantised(N, K, K // group, bits, sym)
+    for rows in (1, 8):
+        matrix = kernels.packed(*parts, bits, dtype, rows)
+        assert rel(matrix.weight(dtype), W) < PRODUCT_BOUNDS[dtype]
+        for M in (1, 2, 3, 7, 9, 17, 40):  # few rows at a time, and many
+            x = randn(M, K, seed=M, dtype=dtype)
+            y = matrix(x)
+            bound = BF16 if bits == 4 else PRODUCT_BOUNDS[dtype]  # 4 bits: fp32 activations are rounded
+            assert y.dtype == dtype and y.shape == (M, N) and rel(y, x.double() @ W.T) < bound
+        assert matrix(randn(2, 3, K, dtype=dtype)).shape == (2, 3, N)
+        assert matrix(randn(K, dtype=dtype)).shape == (N,)
 
 
-def test_int8_linear_takes_fp32_scales_with_bf16_activations():
-    q = torch.tensor([[-127, 127], [1, -1]], dtype=torch.int8)
-    y = kernels.int8_linear(torch.ones(1, 2, dtype=torch.bfloat16), q, torch.tensor([0.5, 0.25]))
-    assert y.dtype == torch.bfloat16 and y.tolist() == [[0.0, 0.0]]
+def test_parts_of_a_large_matrix_fit_together(monkeypatch):
+    """PART decides how much is put together at a time, and nothing else."""
+    for bits in (8, 4):
+        parts, W = quantised(150, 64, 2 if bits == 4 else 1, bits, True)
+        for size in (1, 64 * 70, 2**20):
+            monkeypatch.setattr(kernels.quant, "PART", size)
+            for rows in (1, 8):
+                matrix = kernels.packed(*parts, bits, torch.float32, rows)
+                assert rel(matrix.weight(torch.float32), W) < FP32
+                x = randn(20, 64)
+                assert rel(matrix(x), x.double() @ W.T) < FP32
+
+
+def test_packed_matrices_take_little_more_than_their_bits():
+    for bits, G, most in ((8, 1, 1.1), (4, 8, 0.6)):
+        parts, _ = quantised(384, 512, G, bits, True)
+        for rows in (1, 8):
+            assert kernels.packed(*parts, bits, torch.bfloat16, rows).nbytes < most * 384 * 512
 
 
 # --- 8. one row ----------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import common
 import generate as gen
+import inference
 import kernels
 import lora
 import model as M
 import quantize
 import tokenizer as tok
-from model import PRESETS, Quantization, QuantLinear, build
+from model import PRESETS, KVCache, Quantization, QuantLinear, build
 
 FAMILIES = ("llama-tied", "llama-untied", "phi", "bloom")
 WIDE = {"hidden_size": 128}
@@ -57,6 +58,11 @@ def folders(tokenizer, tmp_path_factory):
         checkpoint.save_model(model, root / name, tokenizer)
         made[name] = root / name
     return made
+
+
+def rel(a, b):
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm() / b.norm())
 
 
 def make(folder, out, **how):
@@ -130,8 +136,61 @@ def test_inputs_belong_to_the_groups_that_g_idx_names():
     assert torch.equal(shuffled.dequantize(torch.float32), want[:, order])
 
 
+def quant_layer(weight, how, g_idx=None):
+    """Make a QuantLinear of a weight; g_idx: the groups of its inputs, each of them rounded by itself."""
+    layer = QuantLinear(weight.shape[1], len(weight), True, how)
+    groups = torch.arange(weight.shape[1]) // how.group_size if g_idx is None else g_idx
+    order = groups.argsort(stable=True)
+    q, zeros, scales = quantize.round_to_nearest(weight[:, order], how.bits, how.group_size)
+    parts = quantize.pack_matrix(q[:, order.argsort()], zeros, scales, how) | {"g_idx": groups}
+    for name, value in parts.items():
+        getattr(layer, name).data.copy_(value)
+    layer.bias.data = torch.randn(len(weight), generator=torch.Generator().manual_seed(9))
+    return layer
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inputs_in_the_order_of_their_groups_are_sorted_once_at_load(bits):
+    how, rng = Quantization(bits, 32, desc_act=True), torch.Generator().manual_seed(5)
+    groups = (torch.arange(128) // 32)[torch.randperm(128, generator=rng)]
+    layer = quant_layer(torch.randn(64, 128, generator=rng), how, groups)
+    packed = inference.pack(layer, torch.float32)
+    assert isinstance(packed, inference.PackedLinear) and packed.order is not None
+    torch.testing.assert_close(packed.dequantize(torch.float32), layer.dequantize(torch.float32))
+    for rows in (1, 5, 40):
+        x = torch.randn(rows, 128, generator=rng)
+        assert rel(packed(x), layer(x)) < 5e-3
+    layer.g_idx.data[0] = (layer.g_idx[0] + 1) % 4  # groups of 31 and 33: no product knows them
+    packed = inference.pack(layer, torch.float32)
+    assert type(packed) is M.Linear and rel(packed(x), layer(x)) < 1e-6
+
+
+def test_layers_whose_inputs_are_grouped_differently_are_joined_as_whole_ones():
+    how, rng = Quantization(4, 32, desc_act=True), torch.Generator().manual_seed(6)
+    layers = [
+        quant_layer(torch.randn(32, 64, generator=rng), how, (torch.arange(64) // 32).roll(shift))
+        for shift in (0, 0, 7)
+    ]
+    x = torch.randn(3, 64, generator=rng)
+    for part, kind in ((layers[:2], QuantLinear), (layers, M.Linear)):
+        joined = inference._join(torch.float32, *part)
+        assert type(joined) is kind
+        torch.testing.assert_close(joined(x), torch.cat([layer(x) for layer in part], -1))
+
+
+def test_scales_are_exact_in_bf16_and_fp16():
+    """So the products, whose scales have the dtype of the activations, compute what the folder says."""
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 0.02
+    for bits, group, sym in ((8, 256, True), (4, 64, True), (4, 64, False)):
+        scales = quantize.round_to_nearest(weight, bits, group, sym)[2]
+        assert scales.dtype == torch.float16 and torch.equal(scales, scales.bfloat16().half())
+
+
 def test_casting_a_model_moves_no_bit_of_its_scales(folders, tmp_path):
     model = checkpoint.load_model(make(folders["llama-tied"], tmp_path / "q"), torch.float32)
+    for name, p in model.named_parameters():
+        if name.endswith("scales"):
+            p.data.copy_(p * 1.001)  # as foreign folders have them: not exact in bf16
     before = {n: p.clone() for n, p in model.named_parameters() if n.endswith(checkpoint.QUANTIZED)}
     model.bfloat16().float().to(torch.float16)
     after = dict(model.named_parameters())
@@ -203,7 +262,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_quantised_folder_computes_what_its_tensors_say(family, kind, folders, tmp_path):
+def test_a_quantised_folder_computes_what_its_tensors_say(family, kind, folders, tmp_path, capsys):
     how = KINDS[kind]
     if family == "bloom" and kind == "head":
         with pytest.raises(ValueError, match="BLOOM's head is tied"):
@@ -233,10 +292,22 @@ def test_a_quantised_folder_computes_what_its_tensors_say(family, kind, folders,
         want = plain(ids)
         torch.testing.assert_close(model(ids), want, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(model(ids[:, :-1], ids[:, 1:]), plain(ids[:, :-1], ids[:, 1:]))
-    loaded, tokenizer = gen.load(folder, torch.float32)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(ids), want, rtol=1e-4, atol=1e-4)
-    assert len(gen.generate(loaded, [[5, 6]], gen.Sampling(4, temperature=0, ignore_eos=True))[0]) == 4
+    for rows in (1, 8):
+        loaded, tokenizer = gen.load(folder, torch.float32, rows=rows)
+        assert not any(isinstance(m, QuantLinear) for m in loaded.modules())
+        bound = 1e-2 if bits == 4 else 1e-5  # the 4-bit product rounds activations to bf16
+        cache, one = KVCache(loaded.config, 1, 20, torch.float32), inference.OneRow(loaded)
+        with torch.inference_mode():
+            assert rel(loaded(ids), want) < 1e-5, "many rows: whole matrices"
+            torch.testing.assert_close(
+                loaded(ids[:, :-1], ids[:, 1:]), plain(ids[:, :-1], ids[:, 1:]), rtol=1e-4, atol=1e-4
+            )
+            assert rel(loaded(ids[:1, :3], cache=cache), want[:1, :3]) < bound
+            for t in range(3, 20):
+                assert rel(one(int(ids[0, t]), cache), want[0, t]) < bound
+        with pytest.raises(ValueError, match="was fused"):
+            checkpoint.save_model(loaded, tmp_path / "no")
+    assert ("round fp32 activations to bf16" in capsys.readouterr().err) == (bits == 4)
     checkpoint.save_model(model, tmp_path / "copy", tokenizer, torch.float32)
     copy = load_file(tmp_path / "copy/model.safetensors")
     assert copy.keys() == tensors.keys() and all(torch.equal(copy[n], tensors[n]) for n in tensors)
