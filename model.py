@@ -607,7 +607,7 @@ class Model(nn.Module):
         if self.embed_norm is not None:
             x = self.embed_norm(x)
         x = F.dropout(x, self.config.dropout, self.training)
-        at = self._positions(B, T, ids.device, doc_ids, cache)
+        at = self.positions(B, T, ids.device, doc_ids, cache)
         for layer in self.layers:
             x = layer(x, at)
         if cache is not None:
@@ -625,7 +625,8 @@ class Model(nn.Module):
         nll, z = self.lm_head(x, targets)
         return (nll, z) if lse else nll
 
-    def _positions(self, B, T, device, doc_ids, cache) -> Positions:
+    def positions(self, B: int, T: int, device, doc_ids=None, cache: KVCache | None = None) -> Positions:
+        """Compute what all blocks need to know about the positions of ids (B, T); errors as forward."""
         steps = torch.arange(T, device=device)[None]  # (1, T)
         if cache is not None:
             assert doc_ids is None, "a cache row is one document"

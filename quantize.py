@@ -2,31 +2,42 @@
 
     q = round(w / scale) + zero,   ŵ = scale · (q − zero)          one scale and zero for a group of inputs
 
-Every weight is rounded to the nearest value that its group can hold. 8 bits: a group is a row; 4 bits: 128
-inputs of a row, and the scale is searched: a smaller one cuts off the largest weights and rounds all others
-more finely; that of the least squared error is taken. Zero is in the middle; with --no_sym between the least
-and the largest weight. Embedding, norms, biases and, without --head_bits 8, the head stay as they are.
+8 bits: a group is a row; 4 bits: 128 inputs of a row, and the scale is searched: a smaller one cuts off the
+largest weights and rounds all others more finely; that of the least squared error is taken. Zero is in the
+middle; with --no_sym between the least and the largest weight. Embedding, norms, biases and, without
+--head_bits 8, the head stay as they are.
+
+Each weight is rounded to the nearest value. With --calibrate TEXT (GPTQ) what counts is the error of the
+products: column after column is rounded, and the columns that are left make up for it, as far as the inputs
+of that text allow: with H = Σ x xᵀ and U the upper Cholesky factor of its inverse,
+
+    e = (w_j − ŵ_j) / U_jj,   w_k ← w_k − e · U_jk  for all k > j       inputs of much power first
 
 The folder has GPTQ's layout: qweight, qzeros, scales, g_idx instead of a weight, and a quantization_config
-(checkpoint_format gptq; with --no_sym gptq_v2). It is made tensor by tensor: about ten bytes a weight of the
-largest matrix, and one file of the result, are held at a time; --text loads the whole model.
+(checkpoint_format gptq; with --no_sym gptq_v2). It is made layer by layer: about ten bytes a weight of the
+largest matrix and one file of the result are held at a time; with --calibrate a block, its H and the
+activations of the text; --text loads the whole model.
 
     python quantize.py out/sft --out out/sft-int4
+    python quantize.py out/sft --out out/sft-gptq --calibrate corpus.jsonl
     python quantize.py out/sft --bits 8 --out out/sft-int8 --text corpus.jsonl   # perplexity before and after
     python generate.py out/sft-int4
 
-Frantar et al. 2022, "GPTQ" (groups; its way of rounding is not here yet); Dettmers et al. 2022, "LLM.int8()".
+Frantar et al. 2022, "GPTQ"; Dettmers et al. 2022, "LLM.int8()".
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn as nn
 import tyro
 from safetensors.torch import save_file
 
@@ -34,7 +45,7 @@ import checkpoint
 import common
 import kernels
 from generate import load, score
-from model import Linear, Model, Quantization, build
+from model import Block, Linear, Model, Quantization, build
 from tokenizer import load_tokenizer
 
 # --- 1. one matrix ------------------------------------------------------------------------------------------
@@ -55,12 +66,12 @@ def round_to_nearest(
     w = weight.float().unflatten(1, (-1, group))  # (N, G, group)
     if not w.isfinite().all():
         raise ValueError("holds inf or nan")
-    low, high, middle = (1, 2**bits - 1, 2 ** (bits - 1)) if bits == 8 else (0, 15, 8)  # int8: ±127
+    low, high = limits(bits, sym)
     if sym:
+        middle = 2 ** (bits - 1)
         zero = torch.full_like(w[..., :1], middle)
         widest = w.abs().amax(-1, keepdim=True) / (high - middle)
     else:
-        low = 0
         least, most = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
         widest = (most - least) / high
     if widest.max() > 65280:  # the largest number of both fp16 and bf16
@@ -81,6 +92,100 @@ def round_to_nearest(
     return q.flatten(1).byte(), zero.squeeze(-1).byte(), scale.squeeze(-1).half()
 
 
+def limits(bits: int, sym: bool) -> tuple[int, int]:
+    """Give the least and the largest q; symmetric int8 is ±127 around its zero."""
+    return (1, 255) if bits == 8 and sym else (0, 2**bits - 1)
+
+
+def gptq(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    zeros: torch.Tensor,
+    scales: torch.Tensor,
+    low: int,
+    high: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Choose q in [low, high] so that products change least: weight (N, K) -> q (N, K) uint8, zeros, scales.
+
+    hessian (K, K) fp32: Σ x xᵀ of the inputs. zeros and scales (N, G) are given before and stay ("static
+    groups"): so inputs can be taken by their power ("act-order") and yet stay where they are.
+    """
+    power, group = hessian.diagonal(), weight.shape[1] // zeros.shape[1]
+    order = power.argsort(descending=True)
+    H = hessian[order][:, order]
+    H.diagonal().add_(0.01 * power.mean() + (power.mean() == 0))  # so that it can be inverted
+    U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+    W, q = weight.float()[:, order], torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    for a in range(0, len(order), COLUMNS):
+        b = min(a + COLUMNS, len(order))
+        errors = torch.empty_like(W[:, a:b])
+        for j in range(a, b):
+            g = int(order[j]) // group
+            scale, zero = scales[:, g].float(), zeros[:, g].float()
+            value = (W[:, j] / scale + zero).round_().clamp_(low, high)
+            q[:, order[j]] = value.byte()
+            error = (W[:, j] - (value - zero) * scale) / U[j, j]
+            W[:, j + 1 : b].addr_(error, U[j, j + 1 : b], alpha=-1)
+            errors[:, j - a] = error
+        W[:, b:] -= errors @ U[a:b, b:]
+    return q, zeros, scales
+
+
+COLUMNS = 128  # after so many columns the rest of the matrix is corrected at once
+
+
+def values_of(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Give the weights (N, K) fp32 that q, zeros and scales stand for."""
+    groups = q.float().unflatten(1, (zeros.shape[1], -1))
+    return ((groups - zeros[..., None]) * scales.float()[..., None]).flatten(1)
+
+
+class Rounded(NamedTuple):
+    """A quantised matrix, and how far it is from what it was."""
+
+    q: torch.Tensor  # (N, K) uint8
+    zeros: torch.Tensor  # (N, G) uint8
+    scales: torch.Tensor  # (N, G) fp16
+    errors: dict[str, float]  # relative_error, max_error; of GPTQ output_error and that of rounding alone
+
+
+class Rounding:
+    """One way to quantise matrices."""
+
+    def __init__(self, how: Quantization, sym: bool, search: bool = True):
+        self.how, self.sym, self.search = how, sym, search and how.bits == 4
+
+    def __call__(self, name: str, weight: torch.Tensor, hessian: torch.Tensor | None = None) -> Rounded:
+        """Round a matrix (N, K) to the nearest values or, with a hessian (K, K), by GPTQ."""
+        group = weight.shape[1] if self.how.group_size == -1 else self.how.group_size
+        how = self.how.bits, group, self.sym, self.search
+        step = max(1, ROWS // weight.shape[1])
+        try:
+            parts = [round_to_nearest(w, *how) for w in weight.split(step)]
+            found = tuple(torch.cat(part) for part in zip(*parts))
+            more = {}
+            if hessian is not None:
+                more["nearest_output_error"] = output_error(weight, values_of(*found), hessian)
+                found = gptq(weight, hessian, found[1], found[2], *limits(self.how.bits, self.sym))
+                more["output_error"] = output_error(weight, values_of(*found), hessian)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from None
+        wrong = whole = largest = 0.0
+        for a in range(0, len(weight), step):
+            w = weight[a : a + step].float()
+            error = values_of(*(t[a : a + step] for t in found)) - w
+            wrong, whole = wrong + float(error.square().sum()), whole + float(w.square().sum())
+            largest = max(largest, float(error.abs().max()))
+        relative = math.sqrt(wrong / whole) if whole else 0.0
+        return Rounded(*found, {"relative_error": relative, "max_error": largest} | more)
+
+
+def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
+    """Compare the products of all inputs x of hessian = Σ x xᵀ: ‖(ŵ − w) x‖ / ‖w x‖."""
+    wrong, whole = (float(((m @ hessian) * m).sum()) for m in (rounded - weight.float(), weight.float()))
+    return math.sqrt(wrong / whole) if whole > 0 else 0.0
+
+
 def pack_matrix(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, how: Quantization) -> dict:
     """Bring q (N, K), zeros and scales (N, G) into the tensors of model.QuantLinear, by their names."""
     K, G = q.shape[1], scales.shape[1]
@@ -92,7 +197,78 @@ def pack_matrix(q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, how:
     }
 
 
-# --- 2. a folder --------------------------------------------------------------------------------------------
+# --- 2. what a text makes of the inputs ---------------------------------------------------------------------
+
+
+class Calibration:
+    """The activations of a text, taken through the blocks of a model one by one, as each is quantised."""
+
+    def __init__(self, model: Model, read: Callable[[str], torch.Tensor], rows: torch.Tensor):
+        """Embed rows (R, T) of ids. model: on the meta device; read: give its tensor of a name."""
+        self.model, self.read, self.device = model, read, rows.device
+        x = read("embed_tokens.weight")[rows.cpu()].to(self.device, common.best_dtype(str(self.device)))
+        if model.embed_norm is not None:
+            x = self._filled(model.embed_norm, "embed_norm", x.dtype)(x)
+        self.x = x  # (R, T, C)
+
+    def _filled(self, module: nn.Module, name: str, dtype: torch.dtype) -> nn.Module:
+        module = copy.deepcopy(module).to(dtype).to_empty(device=self.device).requires_grad_(False)
+        for part, p in module.named_parameters():
+            p.copy_(self.read(f"{name}.{part}"))
+        return module
+
+    @torch.no_grad()
+    def layer(self, i: int, work: Rounding) -> dict[str, Rounded]:
+        """Quantise the matrices of block i in the order of use, {name of the weight: matrix}.
+
+        Each sees inputs that come through the rounded ones before it.
+        """
+        block = self._filled(self.model.layers[i], f"layers.{i}", self.x.dtype).eval()
+        names = {m: f"layers.{i}.{n}.weight" for n, m in block.named_modules() if isinstance(m, Linear)}
+        found = {}
+        for layers in self._stages(block):
+            hessian = self._hessian(block, layers[0])
+            for layer in layers:
+                name = names[layer]
+                rounded = work(name, self.read(name).to(self.device), hessian)
+                layer.weight.copy_(values_of(*rounded[:3]))
+                found[name] = Rounded(*(t.cpu() for t in rounded[:3]), rounded.errors)
+        self._run(block, self.x)
+        return found
+
+    @staticmethod
+    def _stages(block: Block) -> list[list[Linear]]:
+        """Group the matrices by the input that they read, in the order of use."""
+        attn, mlp = block.self_attn, block.mlp
+        qkv = [attn.query_key_value] if attn.interleaved else [attn.q_proj, attn.k_proj, attn.v_proj]
+        up = [mlp.up_proj] if mlp.gate_proj is None else [mlp.gate_proj, mlp.up_proj]
+        return [qkv, [attn.o_proj], up, [mlp.down_proj]]
+
+    def _hessian(self, block: Block, layer: Linear) -> torch.Tensor:
+        """Sum up x xᵀ (K, K) fp32 over all inputs x of a layer."""
+        H = torch.zeros(layer.in_features, layer.in_features, device=self.device)
+
+        def add(_, inputs):
+            x = inputs[0].flatten(0, 1).float()
+            H.addmm_(x.T, x)
+
+        hook = layer.register_forward_pre_hook(add)
+        self._run(block)
+        hook.remove()
+        return H
+
+    def _run(self, block: Block, out: torch.Tensor | None = None) -> None:
+        """Put all activations through a block, a few thousand tokens at a time; keep the results in `out`."""
+        T = self.x.shape[1]
+        at = self.model.positions(1, T, self.device)
+        for r in range(0, len(self.x), max(1, 4096 // T)):
+            part = slice(r, r + max(1, 4096 // T))
+            y = block(self.x[part], at)
+            if out is not None:
+                out[part] = y
+
+
+# --- 3. a folder --------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -104,6 +280,8 @@ class QuantizeConfig:
     sym: bool = True  # zero in the middle; --no_sym: between the least and the largest weight of a group
     head_bits: Literal[0, 8] = 0  # 8: the head too, one scale a row; a tied head is untied
     search: bool = True  # 4 bits: the scale of the least error; --no_search: the one that cuts nothing off
+    calibrate: str = ""  # .txt, .jsonl, …: GPTQ, with this text; not the one of --text
+    calibrate_tokens: int = 131_072  # of it at most, in rows of up to 512
     text: str = ""  # .txt, .jsonl, …: perplexity before and after, in rows of up to 1,024 tokens
     text_tokens: int = 20_000  # of it at most
     shard_bytes: int = 2_000_000_000  # a file of the result holds at most so much
@@ -131,7 +309,7 @@ def quantize_folder(config: QuantizeConfig) -> None:
     device = common.start_process(config.device).device
     with common.atomic_folder(config.out) as tmp:
         before = perplexity(folder, config, device) if config.text else None
-        lines, sizes = write_quantized(folder, shape, result, config, tmp)
+        lines, sizes = write_quantized(folder, shape, result, config, tmp, device)
         report = {"tensors": lines, "bytes": sizes}
         if config.text:
             report["perplexity"] = {"before": before, "after": perplexity(tmp, config, device)}
@@ -171,29 +349,49 @@ def matrices(model: Model) -> dict[str, Linear]:
 
 
 def write_quantized(
-    folder: Path, shape, result, config: QuantizeConfig, out: Path
+    folder: Path, shape, result, config: QuantizeConfig, out: Path, device: str
 ) -> tuple[list[dict], dict]:
     """Write weights, config and tokenizer into a folder; return the report's lines and the sizes in bytes."""
     source = build(shape, "meta")
     files, names = checkpoint.fitting(source, folder)
-    few = set(matrices(source))
-    lines, shards, sizes = [], Shards(out, config.shard_bytes), {"before": 0, "after": 0}
-    dtype = checkpoint.folder_dtype(folder)
-    how = result.quantization
+    theirs = {ours: name for name, ours in names.items()}
+
+    def read(ours: str) -> torch.Tensor:
+        with checkpoint.open_tensors(files[theirs[ours]]) as file:
+            return file.get_tensor(theirs[ours])
+
+    few, how, dtype = set(matrices(source)), result.quantization, checkpoint.folder_dtype(folder)
+    counts = {name: p.numel() for name, p in checkpoint.parameters(source).items()}
     head = dataclasses.replace(how, bits=8, group_size=-1) if how.head_bits else None
     heads = ("lm_head.weight", "embed_tokens.weight" if shape.tie_word_embeddings else "")
+    lines, work = [], Rounding(how, config.sym, config.search)
+    calibration, layer, known = None, -1, {}
+    if config.calibrate:
+        rows = text_rows(
+            config.calibrate, folder, config.calibrate_tokens, min(512, shape.max_position_embeddings)
+        )
+        rows = torch.tensor([row[:-1] for row in rows if len(row) == len(rows[0])], device=device)
+        calibration = Calibration(source, read, rows)
+    shards, sizes = Shards(out, config.shard_bytes), {"before": 0, "after": 0}
+
+    def add(prefix: str, rounded: Rounded, how: Quantization) -> None:
+        lines.append({"name": f"{prefix}weight", "bits": how.bits} | rounded.errors)
+        packed = pack_matrix(rounded.q, rounded.zeros, rounded.scales, how)
+        shards.add_all({prefix + name: tensor for name, tensor in packed.items()})
+
     with common.progress(len(names), "quantise", " tensors") as bar:
-        for theirs, ours in sorted(names.items(), key=lambda pair: files[pair[0]]):
-            with checkpoint.open_tensors(files[theirs]) as file:
-                tensor = file.get_tensor(theirs)
-            sizes["before"] += tensor.numel() * dtype.itemsize
+        for ours in sorted(theirs, key=_by_layer):
+            if calibration and _by_layer(ours)[0] > layer:
+                layer = _by_layer(ours)[0]
+                known = calibration.layer(layer, work)
             saved = checkpoint.hf_name(ours, shape.family)
+            sizes["before"] += counts[ours] * dtype.itemsize
             if head and ours in heads:
-                shards.add_all(quantized(tensor, "lm_head.weight", head, config, lines))
+                add("lm_head.", Rounding(head, config.sym)("lm_head.weight", read(ours)), head)
             if ours.removesuffix(".weight") in few and ours.endswith(".weight"):
-                shards.add_all(quantized(tensor, saved, how, config, lines))
+                add(saved.removesuffix("weight"), known.pop(ours, None) or work(saved, read(ours)), how)
             elif not (head and ours == "lm_head.weight"):
-                shards.add_all({saved: tensor.to(dtype)})
+                shards.add_all({saved: read(ours).to(dtype)})
             bar.update()
     sizes["after"] = shards.close()
     common.write_json(out / "config.json", checkpoint.config_dict(result, dtype))
@@ -206,30 +404,9 @@ def write_quantized(
     return lines, sizes
 
 
-def quantized(
-    tensor: torch.Tensor, name: str, how: Quantization, config: QuantizeConfig, lines: list
-) -> dict:
-    """Quantise one matrix; return its tensors under their names, and add a line to the report."""
-    group = tensor.shape[1] if how.group_size == -1 else how.group_size
-    parts, wrong, whole, largest = [], 0.0, 0.0, 0.0
-    for w in tensor.split(max(1, ROWS // tensor.shape[1])):
-        try:
-            q, zeros, scales = round_to_nearest(
-                w, how.bits, group, config.sym, config.search and how.bits == 4
-            )
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from None
-        zero, scale = (t.float().repeat_interleave(group, 1) for t in (zeros, scales))
-        error = (q - zero) * scale - w.float()
-        wrong, whole = wrong + float(error.square().sum()), whole + float(w.float().square().sum())
-        largest = max(largest, float(error.abs().max()))
-        parts.append((q, zeros, scales))
-    relative = math.sqrt(wrong / whole) if whole else 0.0
-    lines.append({"name": name, "bits": how.bits, "relative_error": relative, "max_error": largest})
-    q, zeros, scales = (torch.cat(part) for part in zip(*parts))
-    return {
-        f"{name.removesuffix('weight')}{part}": t for part, t in pack_matrix(q, zeros, scales, how).items()
-    }
+def _by_layer(name: str) -> tuple[int, str]:
+    """Sort what belongs to no block first, then block after block."""
+    return (int(name.split(".")[1]) if name.startswith("layers.") else -1, name)
 
 
 class Shards:
@@ -267,24 +444,31 @@ class Shards:
         return self.bytes
 
 
-# --- 3. perplexity ------------------------------------------------------------------------------------------
+# --- 4. perplexity ------------------------------------------------------------------------------------------
 
 
 def perplexity(folder: Path, config: QuantizeConfig, device: str) -> float:
     """exp of the mean nll of the tokens of --text, one document after another in rows of the context."""
-    model, tokenizer = load(folder, device=device, rows=8)
-    ids: list[int] = []
-    for document in common.documents([config.text]):
-        ids += tokenizer.encode_document(document)
-        if len(ids) > config.text_tokens:
-            break
-    length = min(model.config.max_position_embeddings, 1024)
-    ids = ids[: config.text_tokens + 1]
-    if len(ids) < 2:
-        raise ValueError(f"{config.text}: no text")
-    rows = [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
+    model, _ = load(folder, device=device, rows=8)
+    rows = text_rows(config.text, folder, config.text_tokens, min(model.config.max_position_embeddings, 1024))
     total = sum(float(score(model, [row])[0].double().sum()) for row in rows)
-    return math.exp(total / (len(ids) - 1))
+    return math.exp(total / sum(len(row) - 1 for row in rows))
+
+
+def text_rows(path: str, folder: Path, most: int, length: int) -> list[list[int]]:
+    """Read up to `most` tokens of a text in rows of `length`, the last may be shorter.
+
+    A row ends with the token that the next begins with, so that each is predicted once.
+    """
+    ids, tokenizer = [], load_tokenizer(folder)
+    for document in common.documents([path]):
+        ids += tokenizer.encode_document(document)
+        if len(ids) > most:
+            break
+    ids = ids[: most + 1]
+    if len(ids) < 2:
+        raise ValueError(f"{path}: no text")
+    return [ids[start : start + length + 1] for start in range(0, len(ids) - 1, length)]
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def test_what_a_forward_pass_keeps_is_what_autograd_saves(one_thread):
 
         T = 600
         x = torch.randn(1, T, 64, requires_grad=True)
-        at = model._positions(1, T, "cpu", None, None)
+        at = model.positions(1, T, "cpu")
         tables = {t.untyped_storage().data_ptr() for t in (at.cos, at.sin) if t is not None}
         with plan._as_on_a_gpu(), torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
             model.layers[0](x, at)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import shutil
 
 import numpy as np
@@ -246,6 +247,118 @@ def test_zeros_subnormals_and_huge_weights():
         quantize.round_to_nearest(torch.full((1, 32), 1e6), 4, 32)
     with pytest.raises(ValueError, match="inf or nan"):
         quantize.round_to_nearest(torch.full((1, 32), float("nan")), 8, 32)
+
+
+# --- GPTQ --------------------------------------------------------------------------------------------------------
+
+
+def correlated(rows, K, seed=1):
+    """Inputs as a model has them: a few directions and a few features carry most."""
+    rng = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 8, generator=rng) @ torch.randn(8, K, generator=rng)
+    return (x + 0.3 * torch.randn(rows, K, generator=rng)) * torch.rand(K, generator=rng).exp().square()
+
+
+def obq_in_order(weight, H, zeros, scales, low, high, group):
+    """Round input after input by the formula of Frantar et al. 2022, "Optimal Brain Compression", in fp64.
+
+    The inverse is not factored: after every input it is taken anew of what is left of H.
+    """
+    H = H + 0.01 * H.diagonal().mean() * torch.eye(len(H))
+    W, left = weight.clone(), H.diagonal().argsort(descending=True).tolist()
+    q = torch.zeros_like(W)
+    while left:
+        j, inverse = left[0], torch.linalg.inv(H[left][:, left])
+        scale, zero = scales[:, j // group].double(), zeros[:, j // group].double()
+        q[:, j] = (W[:, j] / scale + zero).round().clamp(low, high)
+        error = (W[:, j] - (q[:, j] - zero) * scale) / inverse[0, 0]
+        W[:, left] -= error[:, None] * inverse[0]
+        left = left[1:]
+    return q
+
+
+@pytest.mark.parametrize(("bits", "group", "sym"), [(4, 32, True), (4, 32, False), (8, 160, True)])
+def test_gptq_is_optimal_brain_quantisation_in_the_order_of_power(bits, group, sym, monkeypatch):
+    monkeypatch.setattr(quantize, "COLUMNS", 48)  # blocks that end amid a group
+    weight = torch.randn(24, 160, generator=torch.Generator().manual_seed(3)).double()
+    x = correlated(500, 160).double()
+    H = x.T @ x
+    _, zeros, scales = quantize.round_to_nearest(weight, bits, group, sym)
+    low, high = quantize.limits(bits, sym)
+    want = obq_in_order(weight, H, zeros, scales, low, high, group)
+    q, *same = quantize.gptq(weight, H.float(), zeros, scales, low, high)
+    assert torch.equal(same[0], zeros) and torch.equal(same[1], scales)
+    assert (q != want).double().mean() < 0.01, "fp32 may decide a tie otherwise, and what follows it"
+
+
+def test_gptq_makes_the_products_better_and_the_weights_worse():
+    weight, x = torch.randn(64, 256, generator=torch.Generator().manual_seed(3)), correlated(2000, 256)
+    H = x.T @ x
+    near = quantize.Rounding(Quantization(4, 128), True)("w", weight)
+    good = quantize.Rounding(Quantization(4, 128), True)("w", weight, H)
+    for rounded, name in ((near, "nearest_output_error"), (good, "output_error")):
+        y = x @ (quantize.values_of(*rounded[:3]) - weight).T
+        assert good.errors[name] == pytest.approx(float(y.norm() / (x @ weight.T).norm()), rel=1e-3)
+    assert good.errors["output_error"] < 0.5 * good.errors["nearest_output_error"]
+    assert good.errors["relative_error"] > near.errors["relative_error"]
+    alone = quantize.Rounding(Quantization(4, 128), True)("w", weight, torch.eye(256))
+    assert torch.equal(alone.q, near.q), "independent inputs: nothing can make up for an error"
+
+
+def test_gptq_with_inputs_that_never_come():
+    """Zero rows of H, or of all of it, leave weights to the nearest value."""
+    weight, H = torch.randn(8, 64, generator=torch.Generator().manual_seed(3)), torch.zeros(64, 64)
+    near = quantize.Rounding(Quantization(4, 64), True)("w", weight)
+    assert torch.equal(quantize.Rounding(Quantization(4, 64), True)("w", weight, H).q, near.q)
+    H[:32, :32] = correlated(100, 32).T @ correlated(100, 32)
+    some = quantize.Rounding(Quantization(4, 64), True)("w", weight, H)
+    assert torch.equal(some.q[:, 32:], near.q[:, 32:]) and not torch.equal(some.q, near.q)
+
+
+@pytest.fixture
+def text(tmp_path):
+    words = ["我", "爱", "白纸", "你好", "世界", "the", "quick", "brown", "fox", "，"]
+    rng = random.Random(1)
+    lines = ["".join(rng.choices(words, k=60)) for _ in range(60)]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines), "utf-8")
+    return tmp_path / "a.txt"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibration_sees_what_the_quantised_model_computes(family, folders, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "best_dtype", lambda device: torch.float32)
+    made = []
+    init = quantize.Calibration.__init__
+
+    def spy(self, model, read, rows):
+        made.append((self, rows))
+        init(self, model, read, rows)
+
+    monkeypatch.setattr(quantize.Calibration, "__init__", spy)
+    folder = make(folders[family], tmp_path / "q", group_size=32, calibrate=str(text), calibrate_tokens=1500)
+    (calibration, rows) = made[0]
+    assert rows.shape == (1500 // 64, 64)
+    model = checkpoint.load_model(folder, torch.float32)
+    with torch.no_grad():
+        hidden = model.norm(calibration.x)
+        assert rel(model.lm_head(hidden), model(rows)) < 1e-5
+        plain = checkpoint.load_model(folders[family], torch.float32)
+        assert rel(model(rows), plain(rows)) > 1e-3
+    for line in json.loads((folder / "quantization.json").read_text())["tensors"]:
+        assert 0 < line["output_error"] < line["nearest_output_error"]
+    near = make(folders[family], tmp_path / "near", group_size=32)
+    a, b = (load_file(f / "model.safetensors") for f in (folder, near))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]) == (not name.endswith("qweight")), name
+    assert (folder / "config.json").read_text() == (near / "config.json").read_text()
+
+
+def test_a_text_too_short_to_calibrate_is_refused(folders, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.txt: no text"):
+        make(folders["phi"], tmp_path / "q", calibrate=str(tmp_path / "empty.txt"))
+    assert not (tmp_path / "q").exists()
 
 
 # --- folders -----------------------------------------------------------------------------------------------------
