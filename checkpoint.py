@@ -478,8 +478,9 @@ def load_into(model: nn.Module, folder: str | Path, edit: Edit | None = None) ->
         mine.copy_(edit(name, part, a, b) if edit else part)
     bare = getattr(model, "module", model)
     _check_tied(files, target, bare.config, folder, edit)
-    if bare.config.quantization:
-        _check_groups(bare, set(ours.values()), folder)
+    for name, layer in bare.named_modules():
+        if isinstance(layer, QuantLinear) and not torch.isin(layer.g_idx, layer.groups_in_turn()).all():
+            raise ValueError(f"{folder}: {name}.g_idx names groups that are not there")
 
 
 def fitting(model: nn.Module, folder: Path) -> tuple[dict[str, Path], dict[str, str]]:
@@ -511,17 +512,6 @@ def _is_zero_bias(name: str, files: dict[str, Path]) -> bool:
         return False
     with open_tensors(files[name]) as file:
         return not file.get_tensor(name).any()
-
-
-def _check_groups(model: nn.Module, read: set[str], folder: Path) -> None:
-    """Set the groups of inputs where the folder does not say them; refuse those that are not there."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, QuantLinear):
-            groups = len(layer.scales)
-            if f"{name}.g_idx" not in read:
-                layer.g_idx.copy_(torch.arange(layer.in_features) // (layer.in_features // groups))
-            if layer.g_idx.min() < 0 or layer.g_idx.max() >= groups:
-                raise ValueError(f"{folder}: {name}.g_idx names groups that are not there")
 
 
 def _read_rows(files: dict[str, Path], name: str, a: int, b: int) -> torch.Tensor:
@@ -564,9 +554,15 @@ def folder_dtype(folder: Path) -> torch.dtype:
 
 
 def materialize(model: Model, device: str) -> None:
-    """Give a meta model, cut over ranks or not, real but undefined memory; a tied head is tied again."""
+    """Give a meta model, cut over ranks or not, real but undefined memory; a tied head is tied again.
+
+    The groups of quantised matrices follow one another, unless a folder says otherwise.
+    """
     model.to_empty(device=device)
     model.tie()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.g_idx.data.copy_(module.groups_in_turn())
 
 
 # --- 4. writing a model folder ------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
     y = W x + b + (alpha / rank) · B A x        A (R, in) drawn at random, B (out, R) zero at the start
 
-In training W never changes, so it has no gradient and no moments, it may be kept in bf16, and one base serves
-many adapters of some MB each. At the start the model is the base, bit for bit. `merge` adds the product to W
-and `unmerge` takes W back. A stage trains adapters with --lora; a saved step is then an adapter folder:
+In training W never changes, so it has no gradient and no moments, it may be kept in bf16, or in 8 or 4 bits
+(quantize.py), and one base serves many adapters of some MB each. At the start the model is the base, bit for
+bit. `merge` adds the product to W and `unmerge` takes W back. A stage trains adapters with --lora; a saved
+step is then an adapter folder:
 
     adapter_config.json  adapter_model.safetensors    as PEFT writes them; the first names the base's folder
     generation_config.json, tokenizer files, card     as in a model folder
@@ -15,6 +16,7 @@ Those that the chat template needs are called `template`.
 
     python sft.py --init out/run --data chat.jsonl --template plain --out out/sft --lora
     python sft.py --preset yayi-lora --init yayi-7b --data chat.jsonl --out out/yayi --lora_new_rows template
+    python sft.py --init out/run-int4 --data chat.jsonl --template plain --out out/sft --lora    # base: 4 bits
     python generate.py out/sft                          # the base with its adapter, merged
     python lora.py merge out/sft --out out/merged       # a plain model folder
 
@@ -25,6 +27,7 @@ Stabilization Scaling Factor for Fine-Tuning with LoRA" (rsLoRA); PEFT's Trainab
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import re
 import sys
@@ -45,10 +48,11 @@ from tyro.conf import Positional
 
 import checkpoint
 import common
+import inference
 import kernels
 from checkpoint import DTYPES, base_folder, hf_name, is_adapter, is_adapter_folder, parameters
 from kernels.linear_nll import IGNORE
-from model import Embedding, Head, Linear, Model, build, own_rows
+from model import Embedding, Head, Linear, Model, QuantLinear, build, own_rows
 from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. settings -------------------------------------------------------------------------------------------
@@ -144,6 +148,19 @@ class LoraLinear(Linear):
     def change(self) -> torch.Tensor:
         """What merging adds to the weight: scale · B A, (out, in) in fp32."""
         return self.scale * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+class LoraQuant(QuantLinear):
+    """The same beside a weight in 4 or 8 bits (Dettmers et al. 2023, "QLoRA")."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (..., in) to (..., out)."""
+        y = super().forward(x)
+        if not self.adapters.active:
+            return y
+        p = self.adapters.config.lora_dropout
+        h = F.linear(F.dropout(x, p, self.training and p > 0), self.lora_A.weight.to(x.dtype))
+        return y + F.linear(h * self.scale, self.lora_B.weight.to(x.dtype))
 
 
 class _LowRank(torch.autograd.Function):
@@ -244,7 +261,8 @@ def attached(model: nn.Module) -> bool:
 
 def linear_layers(model: Model) -> dict[str, str]:
     """Map the Hugging Face name of every linear layer but the head to ours."""
-    found = [n for n, m in model.named_modules() if isinstance(m, Linear) and not isinstance(m, Head)]
+    layers = (n for n, m in model.named_modules() if isinstance(m, Linear | QuantLinear))
+    found = [n for n in layers if n != "lm_head"]
     return {_hf(n, model): n for n in found if not is_adapter(f"{n}.weight")}
 
 
@@ -297,10 +315,13 @@ def _attach(model: Model, cfg: LoraConfig, ranks: dict[str, int], ids: list[int]
     model.adapters = shared = Adapters(cfg, ids=ids)
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
-        made = {"bias": False, "device": layer.weight.device, "dtype": torch.float32}
+        quantised = isinstance(layer, QuantLinear)
+        device = (layer.scales if quantised else layer.weight).device
+        made = {"bias": False, "device": device, "dtype": torch.float32}
         layer.lora_A = Linear(layer.in_features, rank, **made)
         layer.lora_B = Linear(rank, layer.out_features, **made)
-        layer.__class__, layer.adapters, layer.scale = LoraLinear, shared, cfg.scale(rank)
+        layer.__class__ = LoraQuant if quantised else LoraLinear
+        layer.adapters, layer.scale = shared, cfg.scale(rank)
     tied = model.config.tie_word_embeddings
     if model.config.head != "lm":
         tables = tables & {"embed_tokens"}
@@ -308,6 +329,8 @@ def _attach(model: Model, cfg: LoraConfig, ranks: dict[str, int], ids: list[int]
         tables = {"embed_tokens", "lm_head"}
     for name, kind in (("embed_tokens", LoraEmbedding), ("lm_head", LoraHead)):
         if name in tables:
+            if isinstance(model.get_submodule(name), QuantLinear):
+                raise ValueError("rows of a head in 8 bits are not trained; quantise without --head_bits 8")
             table = model.get_submodule(name)
             table.__class__, table.adapters = kind, shared
             if name == "embed_tokens" or not tied:
@@ -380,6 +403,8 @@ def merge(model: nn.Module) -> None:
         return
     if any(isinstance(p, DTensor) for p in model.parameters()):
         raise ValueError("the model is cut over ranks; save the adapter and merge it with lora.py merge")
+    if model.config.quantization:
+        raise ValueError("quantised weights take no sum; save the adapter and merge it with lora.py merge")
     for layer in _lora_layers(model):
         layer.base = layer.weight.data
         layer.weight.data = (layer.base.float() + layer.change()).to(layer.base.dtype)
@@ -403,8 +428,8 @@ def unmerge(model: nn.Module) -> None:
     shared.merged = False
 
 
-def _lora_layers(model: Model) -> list[LoraLinear]:
-    return [m for m in model.modules() if isinstance(m, LoraLinear)]
+def _lora_layers(model: Model) -> list[LoraLinear | LoraQuant]:
+    return [m for m in model.modules() if isinstance(m, LoraLinear | LoraQuant)]
 
 
 def _tables(model: Model) -> list[nn.Module]:
@@ -480,7 +505,7 @@ def _adapter_config(model: Model) -> dict:
     if not shared.base:
         raise ValueError("the adapter's base is not known: load it with lora.load_into")
     cfg = shared.config
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLinear | LoraQuant)}
     names = {_hf(n, model): (len(m.lora_A.weight), m.scale) for n, m in layers.items()}
     short = {n.rpartition(".")[2] for n in names}
     enough = set(target_layers(model, ",".join(short))) == layers.keys()
@@ -706,17 +731,43 @@ def load_into(model: nn.Module, folder: str | Path) -> None:
             f"{folder} is an adapter folder, and adapters need a model folder as their base; make one of it: "
             f"python lora.py merge {folder} --out FOLDER"
         )
+    if bare.config.quantization:
+        raise ValueError(
+            f"{folder}: its base is quantised; make a whole model: python lora.py merge {folder}"
+        )
     checkpoint.load_into(model, base_folder(folder), read_adapter(folder, bare).edit)
 
 
 def load_model(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> Model:
-    """Load a model folder, an adapter folder (merged) or a run's latest step; dtype None: as on disk."""
+    """Load a model folder, an adapter folder (merged) or a run's latest step; dtype None: as on disk.
+
+    A quantised base with an adapter becomes a whole model: its weights are put together first.
+    """
     folder = checkpoint.model_folder(folder)
     model = build(checkpoint.read_config(folder), "meta")
     model.to(dtype or checkpoint.folder_dtype(folder))
     checkpoint.materialize(model, device)
-    load_into(model, folder)
+    if model.config.quantization and is_adapter_folder(folder):
+        checkpoint.load_into(model, base_folder(folder))
+        _merge_whole(model, read_adapter(folder, model))
+    else:
+        load_into(model, folder)
     return model.eval()
+
+
+@torch.no_grad()
+def _merge_whole(model: Model, adapter: Saved) -> None:
+    """Put the matrices of a quantised model together, the adapter merged in fp32, in place."""
+    for name, p in parameters(model).items():
+        if name.endswith(".weight"):
+            p.copy_(adapter.edit(name, p, 0, len(p)))
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantLinear):
+            plain = inference.whole(layer, torch.float32)
+            merged = adapter.edit(f"{name}.weight", plain.weight, 0, len(plain.weight))
+            plain.weight = nn.Parameter(merged.to(model.embed_tokens.weight.dtype))
+            model.set_submodule(name, plain)
+    model.config = dataclasses.replace(model.config, quantization=None)
 
 
 def tokenizer_folder(folder: str | Path) -> Path:

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 import kernels
 
@@ -359,12 +360,22 @@ class QuantLinear(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """Put the weight (out, in) together: products in fp32, rounded once; some outputs at a time."""
         weight = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.scales.device)
-        groups, per = self.g_idx.long(), 32 // self.bits
-        step = max(1, 2**22 // self.in_features // per) * per
+        per, groups = 32 // self.bits, self.g_idx.long()
+        in_turn = torch.equal(self.g_idx, self.groups_in_turn())
+        step = max(1, 2**20 // self.in_features // per) * per
         for a in range(0, self.out_features, step):
-            q, zeros, scales = (t.float() for t in self.values(a, a + step))
-            weight[a : a + step] = (q - zeros[:, groups]) * scales[:, groups]
+            q, zeros, scales = self.values(a, a + step)
+            if in_turn:
+                part = (q.unflatten(1, (len(self.scales), -1)) - zeros.float()[..., None]) * scales[..., None]
+            else:
+                part = (q - zeros.float()[:, groups]) * scales[:, groups]
+            weight[a : a + step] = part.view(q.shape)
         return weight
+
+    def groups_in_turn(self) -> torch.Tensor:
+        """Give the g_idx (in,) of groups that follow one another."""
+        index = torch.arange(self.in_features, dtype=torch.int32, device=self.g_idx.device)
+        return index // (self.in_features // len(self.scales))
 
     def values(self, a: int = 0, b: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Unpack some outputs, n: q (n, in) uint8, zeros (n, groups) uint8 and scales (n, groups) fp16."""
@@ -377,8 +388,22 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (..., in) to (..., out)."""
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.dequantize(x.dtype), bias)
+        y = _QuantProduct.apply(x, self)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+
+class _QuantProduct(torch.autograd.Function):
+    """y = x Wᵀ, dx = g W: the weight is put together again for the gradient, instead of kept."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.dequantize(x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g @ ctx.layer.dequantize(g.dtype), None
 
 
 def _frozen(x: torch.Tensor) -> nn.Parameter:

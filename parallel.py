@@ -90,7 +90,7 @@ def parallelize(
     trains = any(p.requires_grad for p in model.parameters())
     if getattr(model, "adapters", None) or not trains:
         for p in model.parameters():
-            if not p.requires_grad:
+            if not p.requires_grad and p.dtype == torch.float32:  # not what is quantised
                 p.data = p.data.to(model.compute_dtype)
     for layer in model.layers:
         if cfg.activation_checkpointing:

@@ -644,10 +644,12 @@ def ready_model(model: Model, cfg: FitConfig, process: common.Process, known_voc
     The weights of a run that goes on are restored by `fit`; of a LoRA run that is the adapters alone, so the
     base is read again. known_vocab: tokens that have a text, so that sampling never picks another.
     """
-    if model.config.quantization:
+    if model.config.quantization and not lora.attached(model):
         raise ValueError(
-            f"--init {cfg.init}: quantised weights are not trained; take the model they were made of"
+            f"--init {cfg.init}: quantised weights are not trained; add --lora or take what they were made of"
         )
+    if model.config.quantization and cfg.shard != "none":
+        raise ValueError(f"--shard {cfg.shard}: a quantised base is not cut over ranks; leave it out")
     model = parallelize(model, process, cfg)
     bare = unwrap(model)
     bare.known_vocab = known_vocab

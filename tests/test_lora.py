@@ -20,10 +20,12 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import common
 import generate
+import inference
 import lora
 import model as M
 import optim
 import parallel as P
+import quantize
 import state
 import tokenizer as tok
 
@@ -886,7 +888,81 @@ def test_activation_checkpointing_gives_the_same_bits_with_dropout(tiny_folder):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-# --- 7. ranks ------------------------------------------------------------------------------------------------
+# --- 7. a base in few bits -----------------------------------------------------------------------------------
+
+
+def quantised(hf, folder: Path, **how) -> Path:
+    """Save a model of transformers in few bits."""
+    hf.save_pretrained(folder.with_name(folder.name + "-whole"))
+    whole = folder.with_name(folder.name + "-whole")
+    quantize.quantize_folder(quantize.QuantizeConfig(str(whole), str(folder), **how))
+    return folder
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [("llama", {"intermediate_size": 128}), ("phi", {}), ("bloom", {"hidden_size": 64, "n_head": 4})],
+)
+def test_adapters_beside_few_bits_are_those_beside_the_weights_they_stand_for(family, shape, bits, tmp_path):
+    """Logits, and the gradients of every adapter; the head's rows are trained too."""
+    folder = quantised(tiny_hf(family, **shape), tmp_path / "q", bits=bits)
+    made = {"lora_dropout": 0.0, "lora_new_rows": "90-93"}
+    mine, grads = adapted(folder, **made), []
+    assert {type(m) for m in lora._lora_layers(mine)} == {lora.LoraQuant}
+    plain = checkpoint.load_model(folder)
+    for name, layer in list(plain.named_modules()):
+        if isinstance(layer, M.QuantLinear):
+            plain.set_submodule(name, inference.whole(layer, torch.float32))
+    plain.config = dataclasses.replace(plain.config, quantization=None)
+    checkpoint.save_model(plain, tmp_path / "whole")
+    other = adapted(tmp_path / "whole", **made)
+    for name, p in other.named_parameters():
+        if p.requires_grad:
+            p.data.copy_(mine.get_parameter(name))
+    for model in (mine, other):
+        nll = model(some_ids(), some_ids().roll(-1, 1))
+        nll.sum().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 8
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-4)
+    with lora.disabled(mine), torch.no_grad():
+        assert torch.equal(mine(some_ids()), checkpoint.load_model(folder)(some_ids()))
+    lora.save_adapter(mine, tmp_path / "adapter")
+    with torch.no_grad():
+        want = mine(some_ids())
+        for model in (lora.load_model(tmp_path / "adapter"), adapted(folder, shaken=False, **made)):
+            if lora.attached(model):
+                lora.load_adapter(model, tmp_path / "adapter")
+            torch.testing.assert_close(model(some_ids()), want, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="quantised weights take no sum"):
+        lora.merge(mine)
+    merged = M.build(checkpoint.read_config(folder))
+    with pytest.raises(ValueError, match="its base is quantised"):
+        lora.load_into(merged, tmp_path / "adapter")
+
+
+def test_rows_of_a_head_in_few_bits_are_not_trained(tmp_path):
+    folder = quantised(
+        tiny_hf("llama", vocab_size=96, intermediate_size=128), tmp_path / "q", bits=4, head_bits=8
+    )
+    with pytest.raises(ValueError, match="rows of a head in 8 bits are not trained"):
+        adapted(folder, lora_new_rows="90-93")
+    adapted(folder, lora_target="q_proj")
+
+
+def test_a_training_step_does_not_keep_whole_weights(tmp_path):
+    """What autograd holds between the passes is activations: no matrix of the base, put together."""
+    folder = quantised(tiny_hf("llama", hidden_size=128, intermediate_size=512), tmp_path / "q", bits=4)
+    model, kept = adapted(folder, lora_target="q_proj"), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        model(some_ids(1, 4), some_ids(1, 4)).sum().backward()
+    sizes = {n * k for n, k in ((128, 128), (64, 128), (512, 128))}
+    assert kept and not [t for t in kept if t.dtype == torch.float32 and t.numel() in sizes and t.dim() == 2]
+
+
+# --- 8. ranks ------------------------------------------------------------------------------------------------
 
 MODES = {
     "ddp": {},
@@ -900,6 +976,7 @@ MODES = {
 CASES = [(f, "float32", m) for f in FAMILIES for m in ("ddp", "zero3")]
 CASES += [("phi", "bfloat16", m) for m in ("ddp", "zero3-again")] + [("bloom", "bfloat16", "hsdp")]
 CASES += [("llama", "float32", m) for m in ("zero2", "hsdp", "zero3-offload")]
+CASES += [("llama-int4", d, "ddp") for d in ("float32", "bfloat16")]
 SETTINGS = optim.OptimConfig(lr=3e-3, clip=0.5, warmup=0)
 STEPS = 2
 
@@ -1003,7 +1080,7 @@ def two_ranks(folder: str) -> None:
         P.reshard(model)
         said["reference"] = torch.equal(logits, load_file(folder / f"{family}-{dtype}-base")["logits"])
         # an adapter folder as --init of full tuning
-        if mode in ("ddp", "zero3"):
+        if mode in ("ddp", "zero3") and family in FAMILIES:
             merged = P.parallelize(M.build(checkpoint.read_config(expected / "one"), "meta"), process, cfg)
             lora.load_into(merged, expected / "one")
             tensors = {n: full(p) for n, p in checkpoint.parameters(merged).items()}
@@ -1032,6 +1109,7 @@ def ranks(tmp_path_factory):
     torch.set_num_threads(1)
     for family in FAMILIES:
         tiny_hf(family).save_pretrained(folder / family)
+    quantised(tiny_hf("llama", intermediate_size=128), folder / "llama-int4", bits=4)
     for family, dtype, in_each in sorted({(f, d, sums_in_each(m)) for f, d, m in CASES}):
         out = folder / f"{family}-{dtype}-{in_each}"
         out.mkdir()
@@ -1058,7 +1136,8 @@ def test_two_ranks_train_adapters_to_the_bits_of_one_process(ranks, case):
         said = found["-".join(case)]
         assert {k: said[k] for k in ("start", "state", "again")} == {"start": [], "state": [], "again": []}
         assert said["folder"] and said["reference"] and said.get("merged", []) == []
-        assert said["kinds"] == [f"torch.{case[1]}"]
+        also = ["torch.float16", "torch.int32"] if case[0] == "llama-int4" else []
+        assert said["kinds"] == sorted([f"torch.{case[1]}", *also])
 
 
 def test_a_frozen_model_needs_no_ddp_and_a_cut_one_is_not_merged(ranks):

@@ -573,7 +573,7 @@ def test_a_foreign_quantization_that_is_not_understood_is_refused(change, messag
         checkpoint.load_model(folder)
 
 
-def test_quantised_weights_are_not_trained(folders, tmp_path):
+def test_beside_quantised_weights_adapters_are_trained_and_nothing_else(folders, tmp_path):
     folder = make(folders["llama-tied"], tmp_path / "q")
     (tmp_path / "a.jsonl").write_text('{"instruction": "你好", "output": "世界"}\n' * 20, "utf-8")
     flags = [
@@ -583,24 +583,28 @@ def test_quantised_weights_are_not_trained(folders, tmp_path):
         tmp_path / "a.jsonl",
         "--template",
         "plain",
-        "--out",
-        tmp_path / "run",
-    ]
-    done = run_script(
-        "sft.py",
-        *flags,
         "--val",
         0,
-        "--steps",
-        1,
-        "--row_tokens",
-        64,
-        "--tokens_per_step",
-        64,
-        "--peak_tflops",
-        1,
-    )
+        "--lr",
+        3e-3,
+    ]
+    flags += ["--row_tokens", 64, "--tokens_per_step", 128, "--steps", 8, "--warmup", 0, "--peak_tflops", 1]
+    done = run_script("sft.py", *flags, "--out", tmp_path / "run")
     assert done.returncode == 2 and "quantised weights are not trained" in done.stderr, done.stderr
+    done = run_script("sft.py", *flags, "--out", tmp_path / "run", "--lora", "--lora_target", "all-linear")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.8 * losses[0]
+    model, tokenizer = gen.load(tmp_path / "run", torch.float32)
+    ids, _ = tokenizer.encode_chat([{"role": "user", "content": "你好"}], open_reply=True)
+    base, _ = gen.load(folder, torch.float32)
+    reply = tokenizer.encode("世界")
+    mine, before = (float(gen.score(m, [ids + reply])[0][-len(reply) :].sum()) for m in (model, base))
+    assert mine < before, "merged with its base, put together"
+    done = run_script("lora.py", "merge", tmp_path / "run", "--out", tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.read_config(tmp_path / "merged").quantization is None
 
 
 def test_the_command_reports_perplexity_before_and_after(folders, tmp_path):
