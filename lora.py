@@ -16,7 +16,7 @@ Those that the chat template needs are called `template`.
 
     python sft.py --init out/run --data chat.jsonl --template plain --out out/sft --lora
     python sft.py --preset yayi-lora --init yayi-7b --data chat.jsonl --out out/yayi --lora_new_rows template
-    python sft.py --init out/run-int4 --data chat.jsonl --template plain --out out/sft --lora    # base: 4 bits
+    python sft.py --init out/run-int4 --data chat.jsonl --template plain --out out/sft --lora   # base: 4 bits
     python generate.py out/sft                          # the base with its adapter, merged
     python lora.py merge out/sft --out out/merged       # a plain model folder
 
