@@ -7,7 +7,7 @@ The others run one process after the other.
 
     python bench.py train      # optimizer steps beside transformers: same shape, weights, tokens, AdamW
     python bench.py train --preset phi2-chinese-0.2b    # 193.65M parameters; needs 10 GB
-    python bench.py decode     # greedy decoding, batch 1, beside transformers.generate
+    python bench.py decode     # greedy decoding in 16, 8 and 4 bits beside transformers and llama.cpp
     python bench.py world out/run --demo out/demo       # the demonstration model: form, novelty, facts
     python bench.py ngram out/demo                      # how many held-out questions a 5-gram model answers
     python bench.py bits out/run --shards out/shards    # bits per byte beside xz and a Kneser-Ney trigram
@@ -20,15 +20,17 @@ The others run one process after the other.
     python bench.py plot out/run out/run2 --out plot.png    # loss, learning rate, speed of several runs
 
 `train`, `decode`, `data` and `bpe` need transformers and tokenizers (pip install -r requirements-dev.txt),
-`tune` trl, too (requirements-bench.txt).
+`tune` trl, and for its second peer `decode` llama-cpp-python (requirements-bench.txt).
 
 Kneser & Ney 1995; Chen & Goodman 1999, "An Empirical Study of Smoothing Techniques" (interpolated form).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
@@ -65,10 +67,13 @@ from checkpoint import load_model, model_folder, read_config, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
 from data import IGNORE, Batches, ChatRows, PairRows, RowStream, Shards, drawn
 from dpo import DPOConfig, compute_reference, frozen_model, live_reference, pair_loss
-from generate import Sampling, exact_matches, fuse, generate, load
+from generate import Sampling, exact_matches, generate, load
+from generate import decode as decode_tokens
+from inference import fuse, weight_bytes
 from model import PRESETS, Model, ModelConfig, build, flops_per_token, init_weights, num_params
 from optim import OptimConfig, clip_and_scale, make_optimizer
 from parallel import ParallelConfig, parallelize
+from quantize import QuantizeConfig, quantize_folder
 from sft import SftConfig, tuning_loss
 from tokenizer import Tokenizer, load_tokenizer, split_pattern, texts_up_to
 from train import Plan, measured_flops, next_token_loss, ready_model
@@ -272,47 +277,188 @@ def whole_logits(head: torch.nn.Linear, x: torch.Tensor, targets: torch.Tensor):
 
 @dataclass
 class DecodeBench:
+    shape: Literal["135m", "phi2-chinese-0.2b"] = "135m"  # a LLaMA of 30 x 576, or Phi-2 of 16 x 768
+    layers: int = 0  # of the shape; 0: as it is
     prompt: int = 32  # tokens
     new: int = 128  # tokens
-    layers: int = 30  # of the shape
+    batch: int = 1  # texts that are written together
+    threads: int = 0  # of each side; 0: as many as torch takes
     rounds: int = 5  # texts of each side
 
 
+class Spent(NamedTuple):
+    """Seconds until the first token, and from there to the last."""
+
+    prefill: float
+    decode: float
+
+
 def decode(config: DecodeBench) -> None:
-    """Time greedy decoding of one text beside transformers.generate, bf16, on a 135M LLaMA shape."""
-    shape = ModelConfig("llama", 49152, 576, config.layers, 9, 1536, 2048, 3, tie_word_embeddings=True)
-    ours, theirs = both(shape, torch.bfloat16)
-    fuse(ours)
-    theirs.eval()
-    ids = torch.randint(0, shape.vocab_size, (1, config.prompt), generator=torch.Generator().manual_seed(1))
-    texts = {}
+    """Time greedy decoding in 16, 8 and 4 bits beside transformers (bf16) and llama.cpp, on random weights.
 
-    def our_text() -> float:
-        start = time.perf_counter()
-        sampling = Sampling(config.new, temperature=0, ignore_eos=True)
-        texts["ours"] = generate(ours, ids.tolist(), sampling)[0]
-        return time.perf_counter() - start
-
-    def their_text() -> float:
-        start = time.perf_counter()
-        out = theirs.generate(
-            ids, max_new_tokens=config.new, min_new_tokens=config.new, do_sample=False, pad_token_id=0
-        )
-        texts["transformers"] = out[0, config.prompt :].tolist()
-        return time.perf_counter() - start
-
-    seconds = alternate(config.rounds, transformers=their_text, ours=our_text)
-    size = sum(p.numel() * p.itemsize for p in ours.parameters())
-    same = next((i for i, (a, b) in enumerate(zip(*texts.values())) if a != b), config.new)
-    print(
-        f"decode: {config.layers} x 576, {size / 1e6:.0f} MB of bf16 weights, prompt {config.prompt}",
-        end=", ",
+    Where the rest has 8 or 4 bits, the head has 8. llama.cpp, if llama-cpp-python and gguf are there (see
+    requirements-bench.txt), takes one text at a time.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    shape = PRESETS.get(config.shape) or ModelConfig(
+        "llama", 49152, 576, 30, 9, 1536, 2048, 3, tie_word_embeddings=True
     )
-    print(f"{config.new} new tokens (the first {same} agree); a copy reads {copy_rate() / 1e9:.1f} GB/s")
-    for name in seconds:
-        s = statistics.median(seconds[name])
-        rate = f"{config.new / s:6.1f} tokens/s, {config.new * size / s / 1e9:5.1f} GB/s of weights"
-        print(f"  {name:13s} {rate}, {ratio(seconds, name, 'transformers'):.2f} x transformers")
+    layers = config.layers or shape.num_hidden_layers
+    length = max(shape.max_position_embeddings, config.prompt + config.new)  # speed does not care
+    shape = replace(shape, num_hidden_layers=layers, max_position_embeddings=length)
+    rng = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, shape.vocab_size, (config.batch, config.prompt), generator=rng)
+    with tempfile.TemporaryDirectory() as scratch:
+        sides, sizes = decoding_sides(shape, config, ids, Path(scratch))
+        texts: dict[str, list[int]] = {}
+        spent: dict[str, list[Spent]] = defaultdict(list)
+        for round_ in range(config.rounds + 1):
+            for name, side in sides.items():
+                *seconds, texts[name] = side()
+                if round_:  # the first warms up
+                    spent[name].append(Spent(*seconds))
+    print(
+        f"decode: {config.shape}, {layers} layers, {config.batch} x {config.prompt} tokens, {config.new} new,"
+        f" {torch.get_num_threads()} threads; a copy reads {copy_rate() / 1e9:.1f} GB/s"
+    )
+    print(f"{'':17s} prefill           decode            weights     x transformers  x ours bf16  agree")
+    first_text = texts["ours bf16"]
+    for name, found in spent.items():
+        prefill, step = (statistics.median(getattr(s, part) for s in found) for part in Spent._fields)
+        step /= config.new - 1
+        per_second = config.batch / step
+
+        def beside(other: str, part: str, found=found) -> float:
+            return statistics.median(getattr(o, part) / getattr(s, part) for o, s in zip(spent[other], found))
+
+        same = next((i for i, (x, y) in enumerate(zip(first_text, texts[name])) if x != y), config.new)
+        print(
+            f"  {name:15s} {ids.numel() / prefill:7.0f} tokens/s {per_second:7.1f} tokens/s "
+            f"{sizes[name] / step / 1e9:5.1f} GB/s"
+            f"   {beside('transformers', 'prefill'):5.2f}  {beside('transformers', 'decode'):5.2f}"
+            f"   {beside('ours bf16', 'prefill'):5.2f}  {beside('ours bf16', 'decode'):5.2f}   {same:4d}"
+        )
+
+
+def decoding_sides(
+    shape: ModelConfig, config: DecodeBench, ids: torch.Tensor, scratch: Path
+) -> tuple[dict[str, Callable], dict[str, int]]:
+    """Make what takes turns: functions that give prefill and decode seconds, text; bytes a step reads."""
+    ours, theirs = both(shape, torch.bfloat16)
+    save_model(ours, scratch / "whole", dtype=torch.bfloat16)
+    models = {"ours bf16": fuse(ours, rows=config.batch)}
+    for name, how in (
+        ("ours int8", {"bits": 8}),
+        ("ours int4 g64", {"bits": 4, "group_size": 64}),
+        ("ours int4 g32", {"bits": 4, "group_size": 32}),
+    ):
+        with contextlib.redirect_stdout(io.StringIO()):
+            folder = scratch / name.replace(" ", "-")
+            quantize_folder(
+                QuantizeConfig(str(scratch / "whole"), str(folder), head_bits=8, search=False, **how)
+            )
+        models[name] = fuse(load_model(folder), rows=config.batch)
+    sampling = Sampling(config.new, temperature=0, ignore_eos=True)
+
+    def our_text(model: Model):
+        start, first, row = time.perf_counter(), 0.0, []
+        for tokens in decode_tokens(model, ids.tolist(), sampling):
+            first = first or time.perf_counter()
+            row.append(tokens[0])
+        return first - start, time.perf_counter() - first, row
+
+    def their_text():
+        more = {"do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+        start = time.perf_counter()
+        theirs.generate(ids, max_new_tokens=1, min_new_tokens=1, **more)
+        first = time.perf_counter()
+        out = theirs.generate(ids, max_new_tokens=config.new, min_new_tokens=config.new, **more)
+        prefill = first - start
+        return prefill, time.perf_counter() - first - prefill, out[0, config.prompt :].tolist()
+
+    sides: dict[str, Callable] = {"transformers": their_text}
+    sides |= {name: functools.partial(our_text, model) for name, model in models.items()}
+    sizes = {name: weight_bytes(model) for name, model in models.items()}
+    sizes["transformers"] = sizes["ours bf16"]
+    if config.batch == 1 and importlib.util.find_spec("llama_cpp"):
+        for kind in ("F16", "Q8_0", "Q4_0"):
+            path = scratch / f"{kind}.gguf"
+            write_gguf(load_model(scratch / "whole"), kind, path)
+            sides[f"llama.cpp {kind}"] = llama_cpp_text(path, ids[0].tolist(), config)
+            sizes[f"llama.cpp {kind}"] = path.stat().st_size
+    return sides, sizes
+
+
+def write_gguf(model: Model, kind: str, path: Path) -> None:
+    """Write a LLaMA or a Phi for llama.cpp: F16, or Q8_0, or Q4_0 with the embedding and the head in Q8_0."""
+    import gguf
+
+    shape, phi = model.config, model.config.family == "phi"
+    writer = gguf.GGUFWriter(path, "phi2" if phi else "llama")
+    writer.add_context_length(shape.max_position_embeddings)
+    writer.add_embedding_length(shape.hidden_size)
+    writer.add_block_count(shape.num_hidden_layers)
+    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_head_count(shape.num_attention_heads)
+    writer.add_head_count_kv(shape.num_key_value_heads)
+    writer.add_rope_dimension_count(shape.rotary_dim)
+    (writer.add_layer_norm_eps if phi else writer.add_layer_norm_rms_eps)(shape.norm_eps)
+    writer.add_tokenizer_model("llama")  # a vocabulary of names that nobody reads
+    writer.add_token_list([f"<{i}>" for i in range(shape.vocab_size)])
+    writer.add_token_scores([0.0] * shape.vocab_size)
+    writer.add_token_types([gguf.TokenType.NORMAL] * shape.vocab_size)
+    names = [
+        ("embed_tokens", "token_embd"), ("^norm", "output_norm"), ("lm_head", "output"), ("layers", "blk"),
+        ("input_layernorm", "attn_norm"), ("post_attention_layernorm", "ffn_norm"), ("mlp.", "ffn_"),
+        ("self_attn.o_proj", "attn_output"), ("self_attn.", "attn_"), ("_proj", ""),
+    ]  # fmt: skip
+    for ours, p in model.named_parameters():
+        if ours == "lm_head.weight" and shape.tie_word_embeddings:
+            continue
+        value, name = p.detach().float(), ours
+        if not phi and re.search("[qk]_proj", ours):  # it turns neighbours, not halves
+            value = value.unflatten(0, (-1, 2, shape.head_dim // 2)).transpose(1, 2).flatten(0, 2)
+        for old, new in names:
+            name = re.sub(old, new, name)
+        table = ours in ("embed_tokens.weight", "lm_head.weight")
+        kept = "F32" if p.dim() == 1 else "Q8_0" if table and kind == "Q4_0" else kind
+        data_type = getattr(gguf.GGMLQuantizationType, kept)
+        writer.add_tensor(name, gguf.quants.quantize(value.numpy(), data_type), raw_dtype=data_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp_text(path: Path, ids: list[int], config: DecodeBench) -> Callable:
+    """Give a function that writes with llama.cpp: (prefill seconds, decode seconds, text)."""
+    import llama_cpp
+
+    threads = torch.get_num_threads()
+    llama = llama_cpp.Llama(
+        str(path), n_ctx=config.prompt + config.new, n_batch=512, n_ubatch=512, n_threads=threads,
+        n_threads_batch=threads, verbose=False,
+    )  # fmt: skip
+
+    def step(tokens: list[int]) -> int:
+        array = (llama_cpp.llama_token * len(tokens))(*tokens)  # must live as long as the batch
+        batch = llama_cpp.llama_batch_get_one(array, len(tokens))
+        if llama_cpp.llama_decode(llama.ctx, batch):
+            raise RuntimeError("llama.cpp failed to decode")
+        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (llama.n_vocab(),)).argmax())
+
+    def text():
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(llama.ctx), True)
+        start = time.perf_counter()
+        row = [step(ids)]
+        first = time.perf_counter()
+        while len(row) < config.new:
+            row.append(step(row[-1:]))
+        return first - start, time.perf_counter() - first, row
+
+    return text
 
 
 # --- 2. the demonstration model -----------------------------------------------------------------------------
