@@ -8,6 +8,7 @@ The others run one process after the other.
     python bench.py train      # optimizer steps beside transformers: same shape, weights, tokens, AdamW
     python bench.py train --preset phi2-chinese-0.2b    # 193.65M parameters; needs 10 GB
     python bench.py decode     # greedy decoding in 16, 8 and 4 bits beside transformers and llama.cpp
+    python bench.py formats out/sft out/int8 out/int4 --text corpus.jsonl --exam out/demo/exam
     python bench.py world out/run --demo out/demo       # the demonstration model: form, novelty, facts
     python bench.py ngram out/demo                      # how many held-out questions a 5-gram model answers
     python bench.py bits out/run --shards out/shards    # bits per byte beside xz and a Kneser-Ney trigram
@@ -62,6 +63,7 @@ import tyro
 import chat
 import common
 import demo_corpus
+import evaluate
 import lora
 from checkpoint import load_model, model_folder, read_config, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
@@ -73,7 +75,7 @@ from inference import fuse, weight_bytes
 from model import PRESETS, Model, ModelConfig, build, flops_per_token, init_weights, num_params
 from optim import OptimConfig, clip_and_scale, make_optimizer
 from parallel import ParallelConfig, parallelize
-from quantize import QuantizeConfig, quantize_folder
+from quantize import QuantizeConfig, perplexity, quantize_folder, text_rows
 from sft import SftConfig, tuning_loss
 from tokenizer import Tokenizer, load_tokenizer, split_pattern, texts_up_to
 from train import Plan, measured_flops, next_token_loss, ready_model
@@ -459,6 +461,46 @@ def llama_cpp_text(path: Path, ids: list[int], config: DecodeBench) -> Callable:
         return first - start, time.perf_counter() - first, row
 
     return text
+
+
+@dataclass
+class FormatsBench:
+    folders: tyro.conf.Positional[list[str]]  # of one model in several formats; the first is the measure
+    text: str  # for the perplexity
+    exam: str = ""  # in C-Eval's form, as for evaluate.py
+    text_tokens: int = 20_000  # of the text at most
+    prompt: int = 32  # tokens
+    new: int = 64  # tokens that are timed
+    rounds: int = 5  # of timing
+
+
+def formats(config: FormatsBench) -> None:
+    """Compare the formats of one model: size, perplexity, exam, and the speed of one text."""
+    exam = [q for found in evaluate.read_exam(config.exam).values() for q in found] if config.exam else []
+    sampling = Sampling(config.new, temperature=0, ignore_eos=True)
+    sides, lines = {}, {}
+    for folder in config.folders:
+        size = sum(path.stat().st_size for path in model_folder(folder).glob("*.safetensors"))
+        lines[folder] = f"{size / 1e6:9.2f} MB {perplexity(folder, config.text, config.text_tokens):12.3f}"
+        model, tokenizer = load(folder)
+        if exam:
+            right, error = evaluate.accuracy(model, tokenizer, exam).micro()
+            lines[folder] += f"   {right:6.1%} ± {error:.1%}"
+        prompt = text_rows(config.text, folder, config.prompt, config.prompt)
+
+        def write(model=model, prompt=prompt[0]) -> float:
+            start = time.perf_counter()
+            generate(model, [prompt], sampling)
+            return time.perf_counter() - start
+
+        sides[folder] = write
+    seconds = alternate(config.rounds, **sides)
+    width = max(map(len, config.folders))
+    print(f"{'':{width}}       size   perplexity" + "          exam" * bool(exam) + "   one text")
+    for folder in config.folders:
+        rate = config.new / statistics.median(seconds[folder])
+        beside = ratio(seconds, folder, config.folders[0])
+        print(f"{folder:{width}} {lines[folder]}   {rate:6.0f} tokens/s ({beside:.2f} x)")
 
 
 # --- 2. the demonstration model -----------------------------------------------------------------------------
@@ -1464,5 +1506,18 @@ def own_anonymous_bytes() -> int:
 
 if __name__ == "__main__":
     common.run(
-        train, decode, world, ngram, bits, data, bpe, clean, dedup, plot, optimizers, tune, doc=__doc__
+        train,
+        decode,
+        formats,
+        world,
+        ngram,
+        bits,
+        data,
+        bpe,
+        clean,
+        dedup,
+        plot,
+        optimizers,
+        tune,
+        doc=__doc__,
     )

@@ -308,11 +308,12 @@ def quantize_folder(config: QuantizeConfig) -> None:
     build(result, "meta")  # refuses matrices that do not fit
     device = common.start_process(config.device).device
     with common.atomic_folder(config.out) as tmp:
-        before = perplexity(folder, config, device) if config.text else None
+        text = config.text, config.text_tokens, device
+        before = perplexity(folder, *text) if config.text else None
         lines, sizes = write_quantized(folder, shape, result, config, tmp, device)
         report = {"tensors": lines, "bytes": sizes}
         if config.text:
-            report["perplexity"] = {"before": before, "after": perplexity(tmp, config, device)}
+            report["perplexity"] = {"before": before, "after": perplexity(tmp, *text)}
         common.write_json(tmp / "quantization.json", report)
     worst = max(lines, key=lambda line: line["relative_error"])
     mean = math.sqrt(sum(line["relative_error"] ** 2 for line in lines) / len(lines))
@@ -447,20 +448,20 @@ class Shards:
 # --- 4. perplexity ------------------------------------------------------------------------------------------
 
 
-def perplexity(folder: Path, config: QuantizeConfig, device: str) -> float:
-    """exp of the mean nll of the tokens of --text, one document after another in rows of the context."""
+def perplexity(folder: str | Path, text: str, most: int, device: str = "cpu") -> float:
+    """exp of the mean nll of up to `most` tokens of a text, one document after another in long rows."""
     model, _ = load(folder, device=device, rows=8)
-    rows = text_rows(config.text, folder, config.text_tokens, min(model.config.max_position_embeddings, 1024))
+    rows = text_rows(text, folder, most, min(model.config.max_position_embeddings, 1024))
     total = sum(float(score(model, [row])[0].double().sum()) for row in rows)
     return math.exp(total / sum(len(row) - 1 for row in rows))
 
 
-def text_rows(path: str, folder: Path, most: int, length: int) -> list[list[int]]:
+def text_rows(path: str, folder: str | Path, most: int, length: int) -> list[list[int]]:
     """Read up to `most` tokens of a text in rows of `length`, the last may be shorter.
 
     A row ends with the token that the next begins with, so that each is predicted once.
     """
-    ids, tokenizer = [], load_tokenizer(folder)
+    ids, tokenizer = [], load_tokenizer(checkpoint.model_folder(folder))
     for document in common.documents([path]):
         ids += tokenizer.encode_document(document)
         if len(ids) > most:

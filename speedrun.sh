@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From raw Chinese text to a model that answers, on a CPU:
-# corpus -> clean -> tokenizer -> pack -> pretrain -> instruction tuning, full and LoRA -> preferences.
+# corpus -> clean -> tokenizer -> pack -> pretrain -> instruction tuning, full and LoRA -> preferences
+# -> 8 and 4 bits: size, perplexity, exam, speed.
 #   bash speedrun.sh                  the token budget is chosen by a quick probe of this machine
 #   bash speedrun.sh --budget full    full | half | quarter | tiny (tiny: seconds, for continuous integration)
 #   bash speedrun.sh --seed 2         another world and another initialisation
@@ -85,5 +86,14 @@ answers lora
 stage dpo "$PYTHON" dpo.py --init "$out/sft" --data "$out/demo/dpo.jsonl" --out "$out/dpo" \
     "${tune[@]}" --val 200 --epochs 2 --lr 4e-5 --beta 2
 answers dpo
+# the same model in 8 and in 4 bits
+stage int8 "$PYTHON" quantize.py "$out/dpo" --bits 8 --head_bits 8 --out "$out/int8"
+stage int4 "$PYTHON" quantize.py "$out/dpo" --head_bits 8 --out "$out/int4" \
+    --calibrate "$out/clean" --calibrate_tokens 16384
+stage formats "$PYTHON" bench.py formats "$out/dpo" "$out/int8" "$out/int4" \
+    --text "$out/clean" --exam "$out/demo/exam"
+grep 'perplexity\|tokens/s' "$out/formats.log"
+answers int4
+head -n 3 "$out/int4-answers.log"
 echo "${summary}$((SECONDS - begin)) s in all, budget $budget"
 echo "go on: .venv/bin/python generate.py $out/dpo --ask '介绍一下你自己。'"
