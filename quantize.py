@@ -50,8 +50,8 @@ from tokenizer import load_tokenizer
 
 # --- 1. one matrix ------------------------------------------------------------------------------------------
 
-# Shares of the scale that keeps the largest weight. The least squared error often lies lower, but cutting large
-# weights off costs more than it says: down to 0.5 the demonstration's perplexity rose by 1.3 %, to 0.9 by 0.2 %.
+# Shares of the scale that keeps the largest weight. The least squared error often lies lower, but cutting off
+# costs more than it says: down to 0.5 the demonstration's perplexity rose by 1.3 %, down to 0.9 by 0.2 %.
 SHRINK = [1 - 0.025 * i for i in range(5)]
 ROWS = 2**22  # weights that are worked at once: the search needs eight fp32 numbers for each
 TINY = 2.0**-24  # the least fp16 above 0: the scale of a group of zeros
