@@ -384,9 +384,10 @@ def decoding_sides(
     sizes = {name: weight_bytes(model) for name, model in models.items()}
     sizes["transformers"] = sizes["ours bf16"]
     if config.batch == 1 and importlib.util.find_spec("llama_cpp"):
+        plain = load_model(scratch / "whole")
         for kind in ("F16", "Q8_0", "Q4_0"):
             path = scratch / f"{kind}.gguf"
-            write_gguf(load_model(scratch / "whole"), kind, path)
+            write_gguf(plain, kind, path)
             sides[f"llama.cpp {kind}"] = llama_cpp_text(path, ids[0].tolist(), config)
             sizes[f"llama.cpp {kind}"] = path.stat().st_size
     return sides, sizes

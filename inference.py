@@ -130,13 +130,12 @@ def pack(layer: QuantLinear, dtype: torch.dtype, rows: int = 1) -> PackedLinear 
     Where there is none the matrix is put together.
     """
     q, zeros, scales = layer.values()
-    order = layer.g_idx.argsort(stable=True)
-    K, G = layer.in_features, scales.shape[1]
-    matrix = None
-    if torch.equal(layer.g_idx[order].long(), torch.arange(K, device=order.device) // (K // G)):
-        sorted_already = torch.equal(order, torch.arange(K, device=order.device))
-        order = None if sorted_already else order
-        matrix = kernels.packed(q if order is None else q[:, order], zeros, scales, layer.bits, dtype, rows)
+    order = matrix = None
+    if not torch.equal(layer.g_idx, layer.groups_in_turn()):
+        order = layer.g_idx.argsort(stable=True)
+        q = q[:, order]
+    if order is None or torch.equal(layer.g_idx[order], layer.groups_in_turn()):
+        matrix = kernels.packed(q, zeros, scales, layer.bits, dtype, rows)
     if matrix is None:
         return whole(layer, dtype)
     return (PackedHead if isinstance(layer, QuantHead) else PackedLinear)(matrix, order, layer.bias)
@@ -150,7 +149,6 @@ def fuse(model: Model, rows: int = 1) -> Model:
     (1.5 times with two threads on a CPU, see kernels/matvec.py); 2 to 16 rows at a time would then be slower.
     """
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    quantised = model.config.quantization is not None
     for layer in model.layers:
         attn, mlp = layer.self_attn, layer.mlp
         if isinstance(attn, FusedAttention):
@@ -167,7 +165,7 @@ def fuse(model: Model, rows: int = 1) -> Model:
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantLinear):
             model.set_submodule(name, pack(module, dtype, rows))
-    if quantised:
+    if model.config.quantization:
         _announce(model, dtype)
     for module in model.modules():
         if isinstance(module, Linear):

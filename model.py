@@ -560,6 +560,7 @@ class QuantHead(QuantLinear):
 
 
 def token_losses(x, weight, bias, targets):
+    """Compute (nll, lse), each (B, T) in fp32, of x (B, T, C) under a head's weight (V, C) and bias."""
     nll, lse = kernels.linear_nll(x.flatten(0, 1), weight, bias, targets.flatten())
     return nll.view_as(targets), lse.view_as(targets)
 
