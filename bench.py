@@ -71,7 +71,7 @@ from data import IGNORE, Batches, ChatRows, PairRows, RowStream, Shards, drawn
 from dpo import DPOConfig, compute_reference, frozen_model, live_reference, pair_loss
 from generate import Sampling, exact_matches, generate, load
 from generate import decode as decode_tokens
-from inference import fuse, weight_bytes
+from inference import CompiledSteps, fuse, weight_bytes
 from model import PRESETS, Model, ModelConfig, build, flops_per_token, init_weights, num_params
 from optim import OptimConfig, clip_and_scale, make_optimizer
 from parallel import ParallelConfig, parallelize
@@ -286,6 +286,7 @@ class DecodeBench:
     batch: int = 1  # texts that are written together
     threads: int = 0  # of each side; 0: as many as torch takes
     rounds: int = 5  # texts of each side
+    compile: bool = False  # ours with a compiled step, too: the first round takes minutes
 
 
 class Spent(NamedTuple):
@@ -324,7 +325,7 @@ def decode(config: DecodeBench) -> None:
         f"decode: {config.shape}, {layers} layers, {config.batch} x {config.prompt} tokens, {config.new} new,"
         f" {torch.get_num_threads()} threads; a copy reads {copy_rate() / 1e9:.1f} GB/s"
     )
-    print(f"{'':17s} prefill           decode            weights     x transformers  x ours bf16  agree")
+    print(f"{'':24s} prefill           decode            weights     x transformers  x ours bf16  agree")
     first_text = texts["ours bf16"]
     for name, found in spent.items():
         prefill, step = (statistics.median(getattr(s, part) for s in found) for part in Spent._fields)
@@ -336,7 +337,7 @@ def decode(config: DecodeBench) -> None:
 
         same = next((i for i, (x, y) in enumerate(zip(first_text, texts[name])) if x != y), config.new)
         print(
-            f"  {name:15s} {ids.numel() / prefill:7.0f} tokens/s {per_second:7.1f} tokens/s "
+            f"  {name:22s} {ids.numel() / prefill:7.0f} tokens/s {per_second:7.1f} tokens/s "
             f"{sizes[name] / step / 1e9:5.1f} GB/s"
             f"   {beside('transformers', 'prefill'):5.2f}  {beside('transformers', 'decode'):5.2f}"
             f"   {beside('ours bf16', 'prefill'):5.2f}  {beside('ours bf16', 'decode'):5.2f}   {same:4d}"
@@ -363,7 +364,8 @@ def decoding_sides(
         models[name] = fuse(load_model(folder), rows=config.batch)
     sampling = Sampling(config.new, temperature=0, ignore_eos=True)
 
-    def our_text(model: Model):
+    def our_text(model: Model, compiled: CompiledSteps | None = None):
+        model.compiled_steps = compiled
         start, first, row = time.perf_counter(), 0.0, []
         for tokens in decode_tokens(model, ids.tolist(), sampling):
             first = first or time.perf_counter()
@@ -381,6 +383,10 @@ def decoding_sides(
 
     sides: dict[str, Callable] = {"transformers": their_text}
     sides |= {name: functools.partial(our_text, model) for name, model in models.items()}
+    if config.compile:
+        compiled = {f"{name} compiled": (model, CompiledSteps(model)) for name, model in models.items()}
+        sides |= {name: functools.partial(our_text, *pair) for name, pair in compiled.items()}
+        models |= {name: model for name, (model, _) in compiled.items()}
     sizes = {name: weight_bytes(model) for name, model in models.items()}
     sizes["transformers"] = sizes["ours bf16"]
     if config.batch == 1 and importlib.util.find_spec("llama_cpp"):

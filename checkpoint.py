@@ -150,12 +150,13 @@ FIXED = {
 }
 HARMLESS = {
     *("_name_or_path", "architectures", "attention_dropout", "attention_softmax_in_fp32", "auto_map"),
-    *("bad_words_ids", "bias_dropout_fusion", "chunk_size_feed_forward", "dtype", "embd_pdrop"),
-    *("finetuning_task", "hidden_dropout", "id2label", "initializer_range", "is_encoder_decoder", "label2id"),
-    *("masked_softmax_fusion", "max_tokenizer_truncation", "model_type", "n_inner", "num_labels"),
-    *("offset_alibi", "output_attentions", "output_hidden_states", "pretraining_tp", "problem_type"),
-    *("resid_pdrop", "return_dict", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact"),
-    *("tokenizer_class", "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache"),
+    *("bad_words_ids", "bias_dropout_fusion", "bos_token", "chunk_size_feed_forward", "dtype"),
+    *("embd_pdrop", "eos_token", "finetuning_task", "hidden_dropout", "id2label", "initializer_range"),
+    *("is_encoder_decoder", "label2id", "masked_softmax_fusion", "max_tokenizer_truncation", "model_type"),
+    *("n_inner", "num_labels", "offset_alibi", "output_attentions", "output_hidden_states"),
+    *("pretraining_tp", "problem_type", "resid_pdrop", "return_dict", "skip_bias_add", "skip_bias_add_qkv"),
+    *("slow_but_exact", "tokenizer_class", "torch_dtype", "torchscript", "transformers_version"),
+    *("unk_token_id", "use_cache"),
 }
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE = ("rope_parameters", "rope_theta", "partial_rotary_factor")
@@ -254,6 +255,7 @@ def _read_quantization(raw: dict, path: Path) -> Quantization:
         raise ValueError(f"{path}: only checkpoint_format gptq and gptq_v2, packed in int32, are read")
     known = {"quant_method", "checkpoint_format", "format", "pack_dtype", "bits", "group_size", "lm_head"}
     known |= {"dynamic", "sym", "desc_act", *MADE_BY}
+    known |= {"method"} if raw.get("method") == "gptq" else set()  # gptqmodel 7 says it twice
     unknown = sorted(key for key, value in raw.items() if value and key not in known)
     rules = raw.get("dynamic") or {}
     if unknown or not isinstance(rules, dict) or set(rules) - {HEAD_RULE}:

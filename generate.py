@@ -8,7 +8,8 @@ length, padded on the right; what they begin with alike only once), and `decode`
 but beams, adds one token a row and step. Each row has its own random generator, so its text does not depend
 on what else is in the batch, but for rounding.
 
-At load a model is rearranged for speed (inference.py); a single row on a CPU has a decoding step of its own.
+At load a model is rearranged for speed (inference.py); a single row on a CPU has a decoding step of its own,
+and --compile makes one graph of a step.
 
     python generate.py out/run --prompt "大家都知道，"
     python generate.py out/run --file prompts.txt --no_echo --temperature 0 --num_beams 4
@@ -27,7 +28,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import re
+import shutil
 import sys
 import time
 import unicodedata
@@ -42,7 +45,7 @@ import chat
 import common
 import lora
 from checkpoint import base_folder, model_folder, read_object
-from inference import OneRow, fuse, weight_bytes
+from inference import fuse, steps, weight_bytes
 from model import KVCache, Model, ModelConfig
 from tokenizer import Tokenizer, load_tokenizer
 
@@ -50,13 +53,20 @@ from tokenizer import Tokenizer, load_tokenizer
 
 
 def load(
-    folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu", rows: int = 1
+    folder: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    rows: int = 1,
+    compiled: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """Load a model folder, an adapter folder (with its base, merged) or a run's latest step, ready to write.
 
     dtype None: the folder's own, or fp32 where the machine has no fast bf16. rows: how many texts will be
-    written at a time; any number works, but the weights' layout is chosen for one or for several.
+    written at a time; any number works, but the weights' layout is chosen for one or for several. compiled:
+    decoding steps are compiled when they are first used, for minutes (inference.CompiledSteps).
     """
+    if compiled and device == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise ValueError("--compile needs a C++ compiler: install g++, or name one in the variable CXX")
     folder = model_folder(folder)
     model = lora.load_model(folder, dtype, device)
     if dtype is None and common.best_dtype(device) == torch.float32:
@@ -72,7 +82,7 @@ def load(
         model.config.eos_token_id = said  # as in transformers it wins over config.json
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
-    return fuse(model, rows), tokenizer
+    return fuse(model, rows, compiled), tokenizer
 
 
 # --- 2. choosing a token -----------------------------------------------------------------------------------
@@ -269,7 +279,7 @@ def decode(
     texts, held = [list(p) for p in prompts], 0  # held: how much of the first text is in the cache
     eos, device = model.config.eos_ids, cache.lengths.device
     plain = all(s.temperature == 0 and not s.rules for s in samplings)
-    one_row = OneRow(model) if len(prompts) == 1 and OneRow.fits(model) else None
+    step = steps(model, len(prompts))
     try:
         while True:
             held = len(texts[0])
@@ -290,15 +300,12 @@ def decode(
             yield tokens
             if not any(n > 0 for n in left):
                 return
-            if one_row:
-                logits = one_row(tokens[0], cache)[None]
-                continue
-            step = torch.tensor([[t or 0] for t in tokens], device=device)
+            ids = torch.tensor([t or 0 for t in tokens], device=device)
             num_new = torch.tensor([int(n > 0) for n in left], device=device)
             cache.lengths = (
                 cache.lengths * num_new
             )  # an ended row idles at 0, so it cannot run past the cache
-            logits = model(step, cache=cache, num_new=num_new)[:, -1]
+            logits = step(ids, num_new, cache)
     finally:
         if prefix is not None and len(prompts) == 1:
             prefix.ids, prefix.cache = texts[0][:held], cache
@@ -376,12 +383,13 @@ def beam_search(
     rows = torch.arange(len(prompts), device=device).repeat_interleave(K)
     cache.take(rows)
     logits = logits[rows]  # (B·K, V)
+    step = steps(model, len(rows))
     while True:
         logits[:, model.known_vocab :] = -math.inf
-        rows, step = list(range(len(logits))), [0] * len(logits)
+        rows, tokens = list(range(len(logits))), [0] * len(logits)
         for b, search in enumerate(searches):
             if not search.over:
-                parents, step[b * K : b * K + K] = search.advance(logits[b * K : b * K + K].cpu())
+                parents, tokens[b * K : b * K + K] = search.advance(logits[b * K : b * K + K].cpu())
                 rows[b * K : b * K + K] = [b * K + p for p in parents]
         if all(search.over for search in searches):
             return [search.best() for search in searches]
@@ -389,7 +397,7 @@ def beam_search(
             cache.take(torch.tensor(rows, device=device))
         goes = torch.tensor([int(not search.over) for search in searches], device=device).repeat_interleave(K)
         cache.lengths = cache.lengths * goes  # the rows of a search that is over idle at 0
-        logits = model(torch.tensor(step, device=device)[:, None], cache=cache, num_new=goes)[:, -1]
+        logits = step(torch.tensor(tokens, device=device), goes, cache)
 
 
 def generate(
@@ -723,6 +731,7 @@ class GenerateConfig(Sampling):
     batch: int = 8  # texts of a file that are worked on together
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = ""  # float32, bfloat16; default: the folder's
+    compile: bool = False  # compile the decoding step: a wait of up to minutes, for faster tokens after it
 
 
 def folder_sampling(folder: str | Path) -> dict:
@@ -797,7 +806,7 @@ def main(config: GenerateConfig) -> None:
         config.check_beams()
     many = given and given[0] in ("file", "questions", "score")
     rows = (config.batch if many else 1) * config.num_beams
-    model, tokenizer = load(config.folder, dtype, device, rows=rows)
+    model, tokenizer = load(config.folder, dtype, device, rows, config.compile)
     if given:
         works[given[0]](model, tokenizer, config)
     elif config.template or tokenizer.template:

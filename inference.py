@@ -142,11 +142,12 @@ def pack(layer: QuantLinear, dtype: torch.dtype, rows: int = 1) -> PackedLinear 
 
 
 @torch.no_grad()
-def fuse(model: Model, rows: int = 1) -> Model:
+def fuse(model: Model, rows: int = 1, compiled: bool = False) -> Model:
     """Stack q, k, v and gate, up of every layer, and pack what is quantised, in place, for inference.
 
     Weights are stored for `rows` rows at a time. For one, 16-bit ones lie by columns where that is faster
     (1.5 times with two threads on a CPU, see kernels/matvec.py); 2 to 16 rows at a time would then be slower.
+    compiled: decoding steps are compiled when they are first used (see CompiledSteps).
     """
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
     for layer in model.layers:
@@ -171,7 +172,10 @@ def fuse(model: Model, rows: int = 1) -> Model:
         if isinstance(module, Linear):
             columns = rows == 1 and kernels.columns_are_faster(module.weight)
             module.weight.data = kernels.by_columns(module.weight) if columns else module.weight.contiguous()
-    return model.requires_grad_(False).eval()
+    model.requires_grad_(False).eval()
+    if compiled:
+        model.compiled_steps = CompiledSteps(model)
+    return model
 
 
 def _by_kind(layer: Linear | QuantLinear, heads: int, dtype: torch.dtype) -> Linear | QuantLinear:
@@ -208,7 +212,55 @@ def weight_bytes(model: Model) -> int:
     return plain + sum(m.matrix.nbytes for m in model.modules() if isinstance(m, PackedLinear))
 
 
-# --- 2. one row ---------------------------------------------------------------------------------------------
+# --- 2. decoding steps -------------------------------------------------------------------------------------
+
+
+def steps(model: Model, rows: int) -> Callable[[torch.Tensor, torch.Tensor, KVCache], torch.Tensor]:
+    """Choose the function that puts one more token after each of `rows` rows of a cache.
+
+    It takes ids (B,), num_new (B,) of 1, or 0 for rows that have ended, and the cache; returns logits (B, V).
+    """
+    if model.compiled_steps:
+        return model.compiled_steps
+    if rows == 1 and OneRow.fits(model):
+        one = OneRow(model)
+        return lambda ids, num_new, cache: one(int(ids), cache)[None]
+    return lambda ids, num_new, cache: model(ids[:, None], cache=cache, num_new=num_new, last=True)
+
+
+class CompiledSteps:
+    """Decoding steps that torch.compile has made one graph of: OneRow's, and Model.forward's for more rows.
+
+    A graph serves caches of every size, and reads all of them: one for each number of rows is made when it is
+    first used. On a CPU that takes minutes for a deep model (30 layers: 2), and a C++ compiler.
+    """
+
+    def __init__(self, model: Model):
+        self.one_row = OneRow(model) if OneRow.fits(model) else None
+        self.row = torch.compile(self._row, dynamic=False)
+        self.rows = torch.compile(model.forward, dynamic=False)
+
+    def __call__(self, ids: torch.Tensor, num_new: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        """Step, as `steps` says."""
+        for t in (cache.k, cache.v):
+            torch._dynamo.maybe_mark_dynamic(t, 3)  # S
+        if self.one_row is None or len(ids) > 1:
+            return self.rows(ids[:, None], cache=cache, num_new=num_new, last=True)
+        logits = self.row(ids, cache)
+        cache.lengths = cache.lengths + num_new
+        return logits[None]
+
+    def _row(self, ids: torch.Tensor, cache: KVCache) -> torch.Tensor:
+        one = self.one_row
+
+        def attend(i, q, k, v):
+            keys, values = cache.write(i, k, v, cache.lengths[None])
+            return kernels.attention_decode(q, keys, values, cache.lengths, one.slopes)
+
+        return one.run(one.table.index_select(0, ids)[0], cache.lengths, attend)
+
+
+# --- 3. one row ---------------------------------------------------------------------------------------------
 
 
 class OneRow:
@@ -244,28 +296,40 @@ class OneRow:
 
     def __call__(self, token: int, cache: KVCache) -> torch.Tensor:
         """Put a token after those of the cache's only row; return the logits (V,) of the next."""
-        H, K, D = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         position = int(cache.lengths)
         new, used = (
-            [t[:, :, :, p].unbind() for t in (cache.k, cache.v)] for p in (position, slice(position + 1))
+            [t[:, :, :, p].unbind() for t in (cache.k, cache.v)]
+            for p in (slice(position, position + 1), slice(position + 1))
         )
-        x = self.table[token]  # (C,)
+
+        def attend(i, q, k, v):
+            new[0][i].copy_(k)
+            new[1][i].copy_(v)
+            return kernels.attention(q, used[0][i], used[1][i], slopes=self.slopes)
+
+        logits = self.run(self.table[token], cache.lengths, attend)
+        cache.lengths = cache.lengths + 1
+        return logits
+
+    def run(self, x: torch.Tensor, position: torch.Tensor, attend: Callable) -> torch.Tensor:
+        """Map a token's embedding (C,) at a position (1,) to the logits (V,) of the next.
+
+        attend(i, q, k, v) keeps k and v (1, K, 1, D) of layer i, and gives the attention (1, H, 1, D) of q.
+        """
+        H, K, D = (self.config.num_attention_heads, self.config.num_key_value_heads, self.config.head_dim)
         if self.embed_norm:
             x = self.embed_norm(x)
         if self.rope is not None:
-            cos, sin = kernels.rope_table(cache.lengths[None], self.rope)
+            cos, sin = kernels.rope_table(position[None], self.rope)
         for i, (norm, qkv, out, mlp_norm, mlp) in enumerate(self.layers):
             n = norm(x)
             heads = qkv(n).view(1, H + 2 * K, 1, D)
             qk, v = heads[:, : H + K], heads[:, H + K :]
             if self.rope is not None:
                 qk = kernels.rope(qk, cos, sin)
-            new[0][i].copy_(qk[:, H:, 0])  # (1, K, D)
-            new[1][i].copy_(v[:, :, 0])
-            y = kernels.attention(qk[:, :H], used[0][i], used[1][i], slopes=self.slopes)
+            y = attend(i, qk[:, :H], qk[:, H:], v)
             x = out(y.view(-1), x)
             x = mlp(n if mlp_norm is None else mlp_norm(x), x)  # Phi: attention and MLP read the same norm
-        cache.lengths = cache.lengths + 1
         return self.head(self.norm(x))
 
 

@@ -576,6 +576,7 @@ class Model(nn.Module):
         self.config = config
         self.compute_dtype: torch.dtype | None = None  # None: the dtype of the weights
         self.known_vocab = config.vocab_size  # ids from here on have no text; sampling never picks them
+        self.compiled_steps = None  # inference.CompiledSteps of a model that only writes
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.embed_norm = Norm(config) if config.switches.embed_norm else None
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))

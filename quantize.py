@@ -45,7 +45,7 @@ import checkpoint
 import common
 import kernels
 from generate import load, score
-from model import Block, Linear, Model, Quantization, build
+from model import Block, Linear, Model, ModelConfig, Quantization, build
 from tokenizer import load_tokenizer
 
 # --- 1. one matrix ------------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def quantize_folder(config: QuantizeConfig) -> None:
     )
 
 
-def plan(shape, config: QuantizeConfig) -> Quantization:
+def plan(shape: ModelConfig, config: QuantizeConfig) -> Quantization:
     """Choose the group: what was typed; else a row for 8 bits, the largest that fits, up to 128, for 4."""
     group = config.group_size
     if not group:
@@ -352,7 +352,7 @@ def matrices(model: Model) -> dict[str, Linear]:
 
 
 def write_quantized(
-    folder: Path, shape, result, config: QuantizeConfig, out: Path, device: str
+    folder: Path, shape: ModelConfig, result: ModelConfig, config: QuantizeConfig, out: Path, device: str
 ) -> tuple[list[dict], dict]:
     """Write weights, config and tokenizer into a folder; return the report's lines and the sizes in bytes."""
     source = build(shape, "meta")
@@ -370,11 +370,7 @@ def write_quantized(
     lines, work = [], Rounding(how, config.sym, config.search)
     calibration, layer, known = None, -1, {}
     if config.calibrate:
-        rows = text_rows(
-            config.calibrate, folder, config.calibrate_tokens, min(512, shape.max_position_embeddings)
-        )
-        rows = torch.tensor([row[:-1] for row in rows if len(row) == len(rows[0])], device=device)
-        calibration = Calibration(source, read, rows)
+        calibration = Calibration(source, read, calibration_rows(folder, shape, config).to(device))
     shards, sizes = Shards(out, config.shard_bytes), {"before": 0, "after": 0}
 
     def add(prefix: str, rounded: Rounded, how: Quantization) -> None:
@@ -397,14 +393,29 @@ def write_quantized(
                 shards.add_all({saved: read(ours).to(dtype)})
             bar.update()
     sizes["after"] = shards.close()
+    write_rest(folder, result, out, dtype)
+    return lines, sizes
+
+
+def calibration_rows(folder: Path, shape: ModelConfig, config: QuantizeConfig) -> torch.Tensor:
+    """Read the ids (R, T) of whole rows of the calibration text; ValueError: no text, a foreign tokenizer."""
+    most = load_tokenizer(folder).vocab_size
+    if most > shape.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {most} tokens, the model only {shape.vocab_size}")
+    length = min(512, shape.max_position_embeddings)
+    rows = text_rows(config.calibrate, folder, config.calibrate_tokens, length)
+    return torch.tensor([row[:-1] for row in rows if len(row) == len(rows[0])])
+
+
+def write_rest(folder: Path, result: ModelConfig, out: Path, dtype: torch.dtype) -> None:
+    """Write what belongs to a folder beside its tensors: the configs, and the tokenizer if there is one."""
     common.write_json(out / "config.json", checkpoint.config_dict(result, dtype))
-    if shape.head == "lm":
+    if result.head == "lm":
         path = folder / "generation_config.json"
         said = checkpoint.read_object(path) if path.is_file() else checkpoint.generation_config(result)
         common.write_json(out / "generation_config.json", said)
     if any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
         load_tokenizer(folder).save(out)
-    return lines, sizes
 
 
 def _by_layer(name: str) -> tuple[int, str]:

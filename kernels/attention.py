@@ -188,6 +188,8 @@ def attention_decode(
     q (B, H, T, D) with T ≤ 8; k_cache, v_cache (B, K, S, D); lengths (B,): the tokens before the new ones, so
     that query i of row b sits at position lengths[b] + i. Returns (B, H, T, D).
     """
+    if torch.compiler.is_compiling():  # one graph for every length, and no question to the device
+        return attention(q, k_cache, v_cache, start=lengths, slopes=slopes)
     T = q.shape[2]
     used = int(lengths.max()) + T  # the rest of the cache holds nothing that anyone sees
     k, v = k_cache[:, :, :used], v_cache[:, :, :used]

@@ -42,16 +42,21 @@ def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = Non
         if weight.dtype == torch.float16:  # torch.mv takes twice as long
             return F.linear(x, weight) if add is None else F.linear(x, weight, add)
         return torch.mv(weight, x) if add is None else torch.addmv(add, weight, x)
-    index, starts = _bags(len(x), torch.get_num_threads())
+    index, starts = _bags(len(x))
     # bag t adds up x[j] · columns[j] over its part of j; the flags: unscaled, mode 0 (sum), dense
     parts = torch.embedding_bag(columns, index, starts, False, 0, False, x)[0]  # (threads, out)
     y = parts[0] + parts[1] if len(parts) == 2 else parts.sum(0)  # of parts rounded to x's dtype
     return y if add is None else y + add
 
 
+@torch.compiler.assume_constant_result
+def _bags(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Give the indices 0 … length − 1 and where each thread's part of them starts."""
+    return _equal_bags(length, torch.get_num_threads())
+
+
 @functools.cache
-def _bags(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Give the indices 0 … length − 1 and where each of `count` equal parts starts."""
+def _equal_bags(length: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):  # kept for calls of every kind
         starts = torch.arange(count, dtype=torch.int32) * length // count
         return torch.arange(length, dtype=torch.int32), starts

@@ -24,7 +24,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.
     """
     h = x if residual is None else x + residual
     # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
-    if h.dim() == 1 and h.is_cpu and not torch.is_grad_enabled():  # one token: the same in fewer calls
+    eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+    if eager and h.dim() == 1 and h.is_cpu:  # one token: the same in fewer calls
         size = torch.linalg.vector_norm(h, dtype=torch.promote_types(h.dtype, torch.float32)).item()
         y = h / math.sqrt(size * size / len(h) + eps) * weight.to(h.dtype)
     elif _trains_eagerly(h, weight):

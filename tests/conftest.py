@@ -82,6 +82,25 @@ def tiny_folder(tmp_path_factory):
     return get
 
 
+def tiny_pairs(tokenizer, tmp_path_factory, context: int = 128):
+    """Make a function family -> (transformers model, our folder of it with the tokenizer), each made once."""
+    import checkpoint
+
+    made = {}
+
+    def get(family: str):
+        if family not in made:
+            root = tmp_path_factory.mktemp(family)
+            more = {} if family == "bloom" else {"max_position_embeddings": context}
+            hf = tiny_hf(family, vocab_size=tokenizer.vocab_size, **more)
+            hf.save_pretrained(root / "hf")
+            checkpoint.save_model(checkpoint.load_model(root / "hf"), root / "ours", tokenizer)
+            made[family] = hf, root / "ours"
+        return made[family]
+
+    return get
+
+
 @pytest.fixture(scope="session")
 def _threads():
     return torch.get_num_threads()

@@ -7,10 +7,9 @@ import math
 
 import pytest
 import torch
-from conftest import run_script, tiny_hf
+from conftest import run_script, tiny_pairs
 
 import chat
-import checkpoint
 import common
 import demo_corpus
 import evaluate
@@ -55,20 +54,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tokenizer, tmp_path_factory):
-    """Give family -> (transformers model, our folder with the tokenizer), each made once."""
-    done = {}
-
-    def get(family):
-        if family not in done:
-            root = tmp_path_factory.mktemp(family)
-            more = {} if family == "bloom" else {"max_position_embeddings": CONTEXT}
-            hf = tiny_hf(family, vocab_size=tokenizer.vocab_size, **more)
-            hf.save_pretrained(root / "hf")
-            checkpoint.save_model(checkpoint.load_model(root / "hf"), root / "ours", tokenizer)
-            done[family] = hf, root / "ours"
-        return done[family]
-
-    return get
+    return tiny_pairs(tokenizer, tmp_path_factory, CONTEXT)
 
 
 def special(text=None, vocab_size=345, **options):

@@ -361,6 +361,20 @@ def test_a_text_too_short_to_calibrate_is_refused(folders, tmp_path):
     assert not (tmp_path / "q").exists()
 
 
+def test_a_tokenizer_of_another_model_does_not_calibrate(folders, tmp_path):
+    shutil.copytree(folders["phi"], tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    tensors = load_file(tmp_path / "model/model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"):
+        tensors[name] = tensors[name][:100].clone()
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    (tmp_path / "model/config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    (tmp_path / "text.txt").write_text("我爱白纸" * 99, "utf-8")
+    with pytest.raises(ValueError, match="the tokenizer has .* tokens, the model only 100"):
+        make(tmp_path / "model", tmp_path / "q", calibrate=str(tmp_path / "text.txt"))
+    assert not (tmp_path / "q").exists()
+
+
 # --- folders -----------------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -425,6 +439,15 @@ def test_a_quantised_folder_computes_what_its_tensors_say(family, kind, folders,
     copy = load_file(tmp_path / "copy/model.safetensors")
     assert copy.keys() == tensors.keys() and all(torch.equal(copy[n], tensors[n]) for n in tensors)
     assert checkpoint.read_config(tmp_path / "copy") == checkpoint.read_config(folder)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_compiled_step_over_packed_matrices_writes_the_same(bits, folders, tmp_path):
+    folder = make(folders["llama-tied"], tmp_path / "q", bits=bits, head_bits=8)
+    plain, compiled = (gen.load(folder, torch.float32, compiled=c)[0] for c in (False, True))
+    sampling = gen.Sampling(20, temperature=0, ignore_eos=True)
+    assert gen.generate(compiled, [[5, 6, 7]], sampling) == gen.generate(plain, [[5, 6, 7]], sampling)
 
 
 def test_only_the_blocks_matrices_are_quantised_and_the_report_says_how_well(folders, tmp_path, capsys):
@@ -527,6 +550,8 @@ def test_what_others_write_loads_and_what_we_write_they_read(folders, tmp_path):
     theirs = GPTQConfig.from_dict(dict(config["quantization_config"]))
     assert (theirs.bits, theirs.group_size, theirs.desc_act, theirs.sym) == (4, 32, False, True)
     config["quantization_config"] = theirs.to_dict() | {"is_marlin_format": False, "damp_percent": 0.01}
+    config["quantization_config"]["method"] = "gptq"  # gptqmodel 7 writes this, and the two names
+    config |= {"bos_token": "<s>", "eos_token": "</s>"}
     (folder / "config.json").write_text(json.dumps(config))
     tensors = load_file(folder / "model.safetensors")
     for name in [n for n in tensors if n.endswith("g_idx")]:
@@ -559,6 +584,7 @@ def test_the_order_and_symmetry_that_a_folder_says_are_said_again():
         ({"format": "gptq_v2"}, "only checkpoint_format gptq and gptq_v2"),
         ({"bits": 3}, "expected 4 or 8"),
         ({"checkpoint_format": "marlin"}, "only checkpoint_format gptq and gptq_v2"),
+        ({"method": "awq"}, "method is not understood"),
         ({"rotation": "hadamard"}, "rotation is not understood, and it may change what the tensors mean"),
         ({"dynamic": {"-:.*down.*": {}}}, "dynamic .* is not understood"),
         ({"lm_head": True}, "a head is read in 8 bits with one scale a row"),
