@@ -12,6 +12,8 @@ ALiBi: Press et al. 2021, "Train Short, Test Long". Grouped heads: Ainslie et al
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
@@ -71,7 +73,19 @@ BLOCK = 256  # queries of a long document that are worked at once: above their d
 KEEP = 512  # up to this length of a document its probabilities are kept for the backward pass
 
 
-@torch.compiler.disable  # it looks at values
+def _outside_graphs(function):
+    """torch.compiler.disable, asked for when the function first runs: to import it takes two seconds."""
+
+    @functools.wraps(function)
+    def call(*args):
+        if not hasattr(function, "outside"):
+            function.outside = torch.compiler.disable(function)
+        return function.outside(*args)
+
+    return call
+
+
+@_outside_graphs  # it looks at values
 def _faster_by_document(q, k, v, lo) -> bool:
     if not any(t.requires_grad for t in (q, k, v)):
         return False
@@ -103,7 +117,7 @@ def _spans(first: torch.Tensor) -> list[tuple[int, int]]:
     return spans
 
 
-@torch.compiler.disable  # the shapes are those of the documents
+@_outside_graphs  # the shapes are those of the documents
 def _by_document(q, k, v, first):
     return _ByDocument.apply(q, k, v, first)
 

@@ -49,10 +49,13 @@ def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = Non
     return y if add is None else y + add
 
 
-@torch.compiler.assume_constant_result
 def _bags(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the indices 0 … length − 1 and where each thread's part of them starts."""
     return _equal_bags(length, torch.get_num_threads())
+
+
+# what torch.compiler.assume_constant_result sets, without its import, which takes two seconds
+_bags._dynamo_marked_constant = True
 
 
 @functools.cache

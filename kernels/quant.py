@@ -263,10 +263,12 @@ def _blocks(N: int) -> tuple[int, int]:
     return blocks, -(-N // blocks // 16) * 16
 
 
-@torch.compiler.assume_constant_result
 def _bags(C: int, M: int, K: int, G: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the table rows of the bags (C, M, G), K/G in each, and where each bag starts."""
     return _cached_bags(C, M, K, G)
+
+
+_bags._dynamo_marked_constant = True  # see matvec.py
 
 
 @functools.lru_cache(32)

@@ -378,6 +378,12 @@ def test_a_module_needs_only_the_core_lines(name, imported_on_the_core):
     assert not leaked
 
 
+def test_a_script_starts_without_importing_the_compiler():
+    """torch._dynamo takes two seconds, and brings Triton along."""
+    done = run_script("-c", "import generate, sys; print({'torch._dynamo', 'triton'} & set(sys.modules))")
+    assert done.stdout == "set()\n", done.stderr
+
+
 def test_the_core_is_what_the_user_listed():
     assert {"torch", "numpy", "sentencepiece", "safetensors", "tyro", "tqdm"} <= core()
     assert not core() & ({n.replace("_", "-") for n in HUGGING_FACE} | {"regex", "protobuf", "matplotlib"})
