@@ -200,7 +200,7 @@ def _announce(model: Model, dtype: torch.dtype) -> None:
             f"take the memory of {dtype} ones".replace("torch.", ""),
             file=sys.stderr,
         )
-    elif dtype == torch.float32 and model.config.quantization.bits == 4:
+    elif dtype == torch.float32 and model.config.quantization.bits == 4 and model.norm.weight.is_cpu:
         print("products of few rows with 4-bit matrices round fp32 activations to bf16", file=sys.stderr)
 
 

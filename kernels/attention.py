@@ -18,6 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import on_triton
+
+_choice = "auto"
+
+
+def use(name: str) -> None:
+    """Choose what attention runs on from now on: "auto", "triton" or "sdpa" (see attention)."""
+    global _choice
+    if name not in ("auto", "triton", "sdpa"):
+        raise ValueError(f"attention {name}: expected auto, triton or sdpa")
+    _choice = name
+
 
 def attention(
     q: torch.Tensor,
@@ -32,7 +44,17 @@ def attention(
     q (B, H, T, D); k, v (B, K, S, D) with H a multiple of K; lo (B, T) integer, default 0; start (B,)
     integer, default S − T; slopes (H,) for ALiBi. Returns (B, H, T, D) in q's dtype. Only this definition
     builds a (T, S) mask.
+
+    Where tensors take kernels at all (see kernels/dispatch.py), `use` decides which:
+    auto     PyTorch's own (scaled_dot_product_attention) for plain causal attention on NVIDIA's sm_90 and
+             newer, where it has kernels that Triton's do not reach; Triton's for all else, since a mask takes
+             PyTorch's fast kernels away
+    triton   Triton's always
+    sdpa     the definition below always
+    fp32 and heads of more than 128 numbers take the definition: the tensor cores would round fp32 to 10 bits.
     """
+    if _takes_kernels(q, k, v, lo, start, slopes):
+        return _attention_op(q, k, v, lo, start, slopes)[0]
     B, H, T, D = q.shape
     K, S = k.shape[1:3]
     trains = q.is_cpu and torch.is_grad_enabled() and start is None and slopes is None and T == S
@@ -202,6 +224,10 @@ def attention_decode(
     q (B, H, T, D) with T ≤ 8; k_cache, v_cache (B, K, S, D); lengths (B,): the tokens before the new ones, so
     that query i of row b sits at position lengths[b] + i. Returns (B, H, T, D).
     """
+    if _takes_kernels(q, k_cache, v_cache, None, lengths, slopes):
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+            return attention(q, k_cache, v_cache, start=lengths, slopes=slopes)
+        return _decode_op(q, k_cache, v_cache, lengths, slopes)
     if torch.compiler.is_compiling():  # one graph for every length, and no question to the device
         return attention(q, k_cache, v_cache, start=lengths, slopes=slopes)
     T = q.shape[2]
@@ -209,3 +235,96 @@ def attention_decode(
     k, v = k_cache[:, :, :used], v_cache[:, :, :used]
     alone = q.shape[0] == 1 and T == 1  # sees all that is used
     return attention(q, k, v, start=None if alone else lengths, slopes=slopes)
+
+
+# --- Triton -------------------------------------------------------------------------------------------------
+
+
+def _takes_kernels(q, k, v, lo, start, slopes) -> bool:
+    if _choice == "sdpa" or q.shape[-1] > 128 or not on_triton(q, k, v):
+        return False
+    if q.is_cpu:  # Triton's interpreter: tests, which want fp32, too
+        return True
+    if q.dtype == torch.float32:
+        return False
+    plain = lo is None and start is None and slopes is None and q.shape[2] in (1, k.shape[2])
+    if _choice == "triton" or not plain or torch.version.hip:
+        return True
+    return torch.cuda.get_device_properties(q.device).major < 9
+
+
+def _like(x: torch.Tensor) -> torch.Tensor:
+    """Give an empty tensor (B, H, T, D) that lies in memory as (B, T, H, D), as projections like it."""
+    B, H, T, D = x.shape
+    return x.new_empty(B, T, H, D).transpose(1, 2)
+
+
+@torch.library.custom_op("baizhi::attention", mutates_args=())
+def _attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lo: torch.Tensor | None,
+    start: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output and, in fp32, the logarithm (base 2) of every query's sum of exponentials."""
+    from kernels._attention_triton import forward
+
+    return forward(q, k, v, lo, start, slopes)
+
+
+@_attention_op.register_fake
+def _(q, k, v, lo, start, slopes):
+    return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("baizhi::attention_backward", mutates_args=())
+def _attention_backward_op(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    o: torch.Tensor,
+    lse: torch.Tensor,
+    lo: torch.Tensor | None,
+    start: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from kernels._attention_triton import backward
+
+    return backward(grad, q, k, v, o, lse, lo, start, slopes)
+
+
+@_attention_backward_op.register_fake
+def _(grad, q, k, v, o, lse, lo, start, slopes):
+    return _like(q), _like(k), _like(v)
+
+
+def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:])
+
+
+def _backward(ctx, grad, _):
+    if grad is None:
+        return (None,) * 6
+    return *_attention_backward_op(grad, *ctx.saved_tensors), None, None, None
+
+
+_attention_op.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("baizhi::attention_decode", mutates_args=())
+def _decode_op(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, slopes: torch.Tensor | None
+) -> torch.Tensor:
+    from kernels._attention_triton import decode
+
+    return decode(q, k, v, lengths, slopes)
+
+
+@_decode_op.register_fake
+def _(q, k, v, lengths, slopes):
+    return _like(q)

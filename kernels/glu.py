@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import on_triton
+
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -19,4 +21,47 @@ ACTIVATIONS = {
 
 def glu(gate: torch.Tensor, up: torch.Tensor, act: str = "silu") -> torch.Tensor:
     """Multiply `up` by the activated `gate`; both (..., F), the result too, in their dtype."""
+    if on_triton(gate, up):
+        return _glu(gate, up, act)
     return ACTIVATIONS[act](gate) * up
+
+
+# --- on a GPU: the kernels of _glu_triton.py as operators of torch ------------------------------------------
+
+
+@torch.library.custom_op("baizhi::glu", mutates_args=())
+def _glu(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
+    from kernels._glu_triton import glu_forward
+
+    return glu_forward(gate, up, act)
+
+
+@torch.library.custom_op("baizhi::glu_backward", mutates_args=())
+def _glu_backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from kernels._glu_triton import glu_backward
+
+    return glu_backward(dy, gate, up, act)
+
+
+@_glu.register_fake
+def _(gate, up, act):
+    return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
+
+
+@_glu_backward.register_fake
+def _(dy, gate, up, act):
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _keep(ctx, inputs, output):
+    gate, up, ctx.act = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _pull(ctx, dy):
+    return *_glu_backward(dy, *ctx.saved_tensors, ctx.act), None
+
+
+_glu.register_autograd(_pull, setup_context=_keep)

@@ -16,12 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import on_triton
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
     """Normalise the last dimension by its root mean square.
 
     x (..., C), weight (C,), residual like x. Returns y (..., C) in x's dtype, or (y, x + residual).
     """
+    if on_triton(x, weight, residual):
+        return _on_gpu(x, residual, weight, None, eps)
     h = x if residual is None else x + residual
     # fp32 inside, rounded to h's dtype, and only then multiplied by the weight
     eager = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
@@ -46,6 +50,8 @@ def layer_norm(
 
     x (..., C), weight and bias (C,), residual like x. Returns y (..., C) in x's dtype, or (y, x + residual).
     """
+    if on_triton(x, weight, bias, residual):
+        return _on_gpu(x, residual, weight, bias, eps)
     h = x if residual is None else x + residual
     if _trains_eagerly(h, weight, bias):
         y = _LayerNorm.apply(h, weight, bias, eps)
@@ -108,3 +114,82 @@ class _LayerNorm(torch.autograd.Function):
         g = g.to(r.dtype).flatten(0, -2)  # (N, C)
         dw = ((h - mean) * r).flatten(0, -2).mul_(g).sum(0)
         return dh, dw.to(h.dtype).to(weight.dtype), g.sum(0).to(h.dtype).to(bias.dtype), None
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------
+# The kernels of _norm_triton.py as operators of torch: autograd, torch.compile, checkpointing and FSDP see
+# one opaque call each for forward and backward. A bias makes it LayerNorm.
+
+
+def _on_gpu(x, residual, weight, bias, eps):
+    if residual is None:
+        return _norm(x, weight, bias, eps)[0]
+    return _add_norm(x, residual, weight, bias, eps)[:2]
+
+
+@torch.library.custom_op("baizhi::norm", mutates_args=())
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from kernels._norm_triton import norm_forward
+
+    y, _, stats = norm_forward(x, None, weight, bias, eps)
+    return y, stats
+
+
+@torch.library.custom_op("baizhi::add_norm", mutates_args=())
+def _add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from kernels._norm_triton import norm_forward
+
+    return norm_forward(x, residual, weight, bias, eps)
+
+
+@torch.library.custom_op("baizhi::norm_backward", mutates_args=())
+def _norm_backward(
+    g: torch.Tensor, g_sum: torch.Tensor | None, h: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from kernels._norm_triton import norm_backward
+
+    return norm_backward(g, g_sum, h, weight, stats)
+
+
+@_norm.register_fake
+def _(x, weight, bias, eps):
+    N = math.prod(x.shape[:-1])
+    stats = x.new_empty((1 if bias is None else 2, N), dtype=torch.float32)
+    return x.new_empty(x.shape), stats
+
+
+@_add_norm.register_fake
+def _(x, residual, weight, bias, eps):
+    h = x.new_empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype))
+    stats = x.new_empty((1 if bias is None else 2, math.prod(x.shape[:-1])), dtype=torch.float32)
+    return torch.empty_like(h), h, stats
+
+
+@_norm_backward.register_fake
+def _(g, g_sum, h, weight, stats):
+    return h.new_empty(h.shape), h.new_empty((stats.shape[0], h.shape[-1]))
+
+
+def _keep(ctx, inputs, output):
+    *added, weight, bias, _ = inputs  # x, and the residual if there is one
+    *y_and_h, stats = output
+    ctx.save_for_backward(y_and_h[1] if len(added) == 2 else added[0], weight, stats)
+    ctx.dtypes = [t.dtype for t in added], None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(stats)
+
+
+def _pull(ctx, g, *rest):
+    h, weight, stats = ctx.saved_tensors
+    dtypes, bias = ctx.dtypes
+    g_sum = rest[0] if len(dtypes) == 2 else None
+    dh, dw = _norm_backward(g, g_sum, h, weight, stats)
+    dbias = None if bias is None else dw[1].to(bias)
+    return *(dh.to(dtype) for dtype in dtypes), dw[0].to(weight.dtype), dbias, None
+
+
+_norm.register_autograd(_pull, setup_context=_keep)
+_add_norm.register_autograd(_pull, setup_context=_keep)

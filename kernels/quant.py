@@ -9,6 +9,8 @@ the memory: with 8 bits as tables of which torch sums up rows (EmbeddingBag), wi
 int4 product wants them. For many rows a part of the matrix at a time is put together in the caches, and
 multiplied. Activations keep their dtype, except that the 4-bit product of fp32 rounds them to bf16.
 
+On a GPU: PackedGPU, and _quant_triton.py.
+
 Measured with two threads, one row by 3072 x 576: bf16 0.24 ms (see matvec.py), 8 bits 0.16, 4 bits 0.10.
 
 Frantar et al. 2022, "GPTQ" (groups); the FBGEMM and tinygemm kernels that torch carries.
@@ -21,6 +23,8 @@ import math
 from collections.abc import Iterator
 
 import torch
+
+from kernels.dispatch import on_triton
 
 # --- 1. the words of a file ---------------------------------------------------------------------------------
 
@@ -61,6 +65,9 @@ def packed(
 
     q (N, K) uint8; zeros (N, G) uint8 and scales (N, G), one for each K/G inputs.
     """
+    if dtype != torch.float64 and on_triton(scales):
+        works = PackedGPU.works(q.shape[1], scales.shape[1])
+        return PackedGPU(q, zeros, scales, bits) if works else None
     if not q.is_cpu:
         return None
     if bits == 4:
@@ -252,6 +259,90 @@ class Packed4(Packed):
             part = part.view(self.K // self.group, self.group, n)
             part *= self.scales_and_zeros[:, a : a + n, 0].to(dtype).contiguous()[:, None]
             yield a, part.view(self.K, n)[:, : self.N - a], 1
+
+
+class PackedGPU(Packed):
+    """8 or 4 bits on a GPU: words in the order of _quant_triton.py, for activations of every dtype.
+
+    The inputs are padded to whole blocks (128 with 8 bits, 256 with 4), with scales of 0.
+    """
+
+    few = 64  # more rows keep the tensor cores busy: then putting the matrix together once pays
+
+    def __init__(self, q: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor, bits: int):
+        (self.N, self.K), G = q.shape, scales.shape[1]
+        self.bits, block = bits, 1024 // bits
+        group = self.K // G if G > 1 else block
+        self.group = math.gcd(group, block)  # a block holds whole groups: wider ones are repeated
+        blocks = -(-self.K // block)
+        q = torch.nn.functional.pad(q, (0, blocks * block - self.K)).view(self.N, blocks, -1, 32)
+        words = torch.zeros(self.N, blocks, 32, dtype=torch.int32, device=q.device)
+        for t in range(32 // bits):  # not of all fields at once: they would take four times the matrix
+            words |= q[:, :, t].to(torch.int32) << bits * t
+        self.words = words.view(self.N, -1)  # (N, W) int32
+        self.scales, self.zeros = (self._by_block(t, G, blocks * block) for t in (scales, zeros))  # (G', N)
+
+    @staticmethod
+    def works(K: int, groups: int) -> bool:
+        """Tell whether every 32 inputs share a scale; a single scale always works."""
+        return groups == 1 or (K // groups) % 32 == 0
+
+    def _by_block(self, t: torch.Tensor, G: int, size: int) -> torch.Tensor:
+        """Repeat what belongs to a group (N, G) for each self.group inputs of it: (size / self.group, N)."""
+        times = -(-self.K // G) // self.group if G > 1 else size // self.group
+        t = t.t().repeat_interleave(times, 0)
+        return torch.nn.functional.pad(t, (0, 0, 0, size // self.group - len(t))).contiguous()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply x (..., K); return (..., N) in x's dtype. No gradients."""
+        rows = x.reshape(-1, self.K)
+        few = 16 if x.dtype == torch.float32 else self.few  # tensor cores do not multiply fp32
+        y = self.product(rows) if len(rows) <= few else rows @ self.weight(x.dtype).t()
+        return y.view(*x.shape[:-1], self.N)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply a few rows x (M, K)."""
+        return _product(x, self.words, self.scales, self.zeros, self.bits, self.group)
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """Put the matrix (N, K) together."""
+        return _whole(self.words, self.scales, self.zeros, self.K, self.bits, self.group, dtype)
+
+
+@torch.library.custom_op("baizhi::quant_product", mutates_args=())
+def _product(
+    x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, group: int
+) -> torch.Tensor:
+    from kernels import _quant_triton
+
+    if not len(x):
+        return x.new_empty(0, len(words))
+    return _quant_triton.product(x, words, scales, zeros, bits, group)
+
+
+@_product.register_fake
+def _(x, words, scales, zeros, bits, group):
+    return x.new_empty(len(x), len(words))
+
+
+@torch.library.custom_op("baizhi::quant_whole", mutates_args=())
+def _whole(
+    words: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    K: int,
+    bits: int,
+    group: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    from kernels import _quant_triton
+
+    return _quant_triton.whole(words, scales, zeros, K, bits, group, dtype)
+
+
+@_whole.register_fake
+def _(words, scales, zeros, K, bits, group, dtype):
+    return words.new_empty(len(words), K, dtype=dtype)
 
 
 def _blocks(N: int) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from kernels.dispatch import on_triton
+
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute cos and sin of every angle, once per forward pass for all layers.
@@ -30,6 +32,8 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
 
     x (B, H, T, D); cos and sin (B or 1, 1, T, R) fp32, from rope_table. Returns (B, H, T, D) in x's dtype.
     """
+    if on_triton(x, cos, sin):
+        return _on_gpu(x, cos, sin, False)
     if x.is_cpu and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         return _Rope.apply(x, cos, sin)
     return _turn(x, cos, sin)
@@ -61,3 +65,30 @@ class _Rope(torch.autograd.Function):
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         return _turn(grad.transpose(1, 2), cos, -sin).transpose(1, 2), None, None
+
+
+# --- on a GPU: the kernel of _rope_triton.py as an operator of torch ----------------------------------------
+
+
+@torch.library.custom_op("baizhi::rope", mutates_args=())
+def _on_gpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+    from kernels._rope_triton import rope
+
+    return rope(x, cos, sin, back)
+
+
+@_on_gpu.register_fake
+def _(x, cos, sin, back):
+    return torch.empty_like(x)
+
+
+def _keep(ctx, inputs, output):
+    _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _pull(ctx, grad):
+    return _on_gpu(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+_on_gpu.register_autograd(_pull, setup_context=_keep)

@@ -1,0 +1,52 @@
+"""Which implementation of an op runs: its plain-torch twin, or its Triton kernel.
+
+    KERNELS=auto    CUDA tensors take the kernels, all others the twins (the default; torch calls AMD's GPUs
+                    cuda, too)
+    KERNELS=torch   every tensor takes the twins
+
+Under TRITON_INTERPRET=1 CPU tensors take the kernels, which Triton then runs in NumPy: for tests. float64
+always takes the twins. Triton is imported when the first kernel is launched: without it, the twins run.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+
+import torch
+
+
+def on_triton(*tensors: torch.Tensor | None) -> bool:
+    """Tell whether an op on these tensors runs as a Triton kernel; None and integers do not matter."""
+    floats = [t for t in tensors if t is not None and t.is_floating_point()]
+    if any(t.dtype == torch.float64 for t in floats):
+        return False
+    if floats[0].is_cuda:
+        return _chosen()
+    return floats[0].is_cpu and interpreted() and os.environ.get("KERNELS") != "torch"
+
+
+def interpreted() -> bool:
+    """Tell whether Triton runs kernels on the CPU, in NumPy."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def processors(x: torch.Tensor) -> int:
+    """Count the processors of the tensor's GPU: kernels that walk over rows start a few programs on each."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 2 if interpreted() else 108  # a meta tensor, in tests/aot.py: as many as an A100 has
+
+
+@functools.cache
+def _chosen() -> bool:
+    """Decide, and say so once, whether GPU tensors take the kernels."""
+    mode = os.environ.get("KERNELS", "auto")
+    if mode not in ("auto", "torch"):
+        raise ValueError(f"KERNELS={mode}: expected auto or torch")
+    here = importlib.util.find_spec("triton") is not None
+    why = "KERNELS=torch" if mode == "torch" else "" if here else "triton is not installed"
+    print(f"kernels: {f'plain torch ({why})' if why else 'triton'}", file=sys.stderr)
+    return not why
