@@ -493,7 +493,7 @@ def formats(config: FormatsBench) -> None:
         if exam:
             right, error = evaluate.accuracy(model, tokenizer, exam).micro()
             lines[folder] += f"   {right:6.1%} ± {error:.1%}"
-        prompt = text_rows(config.text, folder, config.prompt, config.prompt)
+        prompt = text_rows(config.text, tokenizer, config.prompt, config.prompt)
 
         def write(model=model, prompt=prompt[0]) -> float:
             start = time.perf_counter()

@@ -74,15 +74,20 @@ def load(
     if model.config.head != "lm":
         raise ValueError(f"{folder}: a model without a language-model head cannot write")
     tokenizer = load_tokenizer(lora.tokenizer_folder(folder))
-    if tokenizer.vocab_size > model.config.vocab_size:
-        have, need = model.config.vocab_size, tokenizer.vocab_size
-        raise ValueError(f"{folder}: the tokenizer has {need} tokens, the model only {have}")
+    check_vocabulary(folder, tokenizer, model.config)
     model.known_vocab = tokenizer.vocab_size
     if (said := _generation_settings(folder).get("eos_token_id")) is not None:
         model.config.eos_token_id = said  # as in transformers it wins over config.json
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_id
     return fuse(model, rows, compiled), tokenizer
+
+
+def check_vocabulary(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Refuse a tokenizer with more tokens than the model's table has rows (ValueError)."""
+    have, need = config.vocab_size, tokenizer.vocab_size
+    if need > have:
+        raise ValueError(f"{folder}: the tokenizer has {need} tokens, the model only {have}")
 
 
 # --- 2. choosing a token -----------------------------------------------------------------------------------
@@ -302,9 +307,8 @@ def decode(
                 return
             ids = torch.tensor([t or 0 for t in tokens], device=device)
             num_new = torch.tensor([int(n > 0) for n in left], device=device)
-            cache.lengths = (
-                cache.lengths * num_new
-            )  # an ended row idles at 0, so it cannot run past the cache
+            # an ended row idles at 0, so it cannot run past the cache
+            cache.lengths = cache.lengths * num_new
             logits = step(ids, num_new, cache)
     finally:
         if prefix is not None and len(prompts) == 1:

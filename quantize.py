@@ -44,9 +44,9 @@ from safetensors.torch import save_file
 import checkpoint
 import common
 import kernels
-from generate import load, score
+from generate import check_vocabulary, load, score
 from model import Block, Linear, Model, ModelConfig, Quantization, build
-from tokenizer import load_tokenizer
+from tokenizer import Tokenizer, load_tokenizer
 
 # --- 1. one matrix ------------------------------------------------------------------------------------------
 
@@ -399,11 +399,10 @@ def write_quantized(
 
 def calibration_rows(folder: Path, shape: ModelConfig, config: QuantizeConfig) -> torch.Tensor:
     """Read the ids (R, T) of whole rows of the calibration text; ValueError: no text, a foreign tokenizer."""
-    most = load_tokenizer(folder).vocab_size
-    if most > shape.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {most} tokens, the model only {shape.vocab_size}")
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(folder, tokenizer, shape)
     length = min(512, shape.max_position_embeddings)
-    rows = text_rows(config.calibrate, folder, config.calibrate_tokens, length)
+    rows = text_rows(config.calibrate, tokenizer, config.calibrate_tokens, length)
     return torch.tensor([row[:-1] for row in rows if len(row) == len(rows[0])])
 
 
@@ -463,18 +462,18 @@ class Shards:
 
 def perplexity(folder: str | Path, text: str, most: int, device: str = "cpu") -> float:
     """exp of the mean nll of up to `most` tokens of a text, one document after another in long rows."""
-    model, _ = load(folder, device=device, rows=8)
-    rows = text_rows(text, folder, most, min(model.config.max_position_embeddings, 1024))
+    model, tokenizer = load(folder, device=device, rows=8)
+    rows = text_rows(text, tokenizer, most, min(model.config.max_position_embeddings, 1024))
     total = sum(float(score(model, [row])[0].double().sum()) for row in rows)
     return math.exp(total / sum(len(row) - 1 for row in rows))
 
 
-def text_rows(path: str, folder: str | Path, most: int, length: int) -> list[list[int]]:
+def text_rows(path: str, tokenizer: Tokenizer, most: int, length: int) -> list[list[int]]:
     """Read up to `most` tokens of a text in rows of `length`, the last may be shorter.
 
     A row ends with the token that the next begins with, so that each is predicted once.
     """
-    ids, tokenizer = [], load_tokenizer(checkpoint.model_folder(folder))
+    ids = []
     for document in common.documents([path]):
         ids += tokenizer.encode_document(document)
         if len(ids) > most:

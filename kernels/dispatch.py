@@ -14,8 +14,24 @@ import functools
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 
 import torch
+
+
+def constant_in_graphs(function: Callable) -> Callable:
+    """Let torch.compile call a function while it traces, and keep the result: for numbers and indices only.
+
+    torch.compiler.assume_constant_result does this too, but to import it takes two seconds. A cached function
+    is not marked itself: the mark must be on a plain one.
+    """
+
+    @functools.wraps(function)
+    def call(*args):
+        return function(*args)
+
+    call._dynamo_marked_constant = True
+    return call
 
 
 def on_triton(*tensors: torch.Tensor | None) -> bool:

@@ -17,6 +17,8 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import constant_in_graphs
+
 
 def columns_are_faster(weight: torch.Tensor) -> bool:
     """Tell whether `matvec` is faster for this weight if it is stored by columns (see `by_columns`)."""
@@ -49,13 +51,10 @@ def matvec(weight: torch.Tensor, x: torch.Tensor, add: torch.Tensor | None = Non
     return y if add is None else y + add
 
 
+@constant_in_graphs
 def _bags(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the indices 0 … length − 1 and where each thread's part of them starts."""
     return _equal_bags(length, torch.get_num_threads())
-
-
-# what torch.compiler.assume_constant_result sets, without its import, which takes two seconds
-_bags._dynamo_marked_constant = True
 
 
 @functools.cache

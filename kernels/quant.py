@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import constant_in_graphs, on_triton
 
 # --- 1. the words of a file ---------------------------------------------------------------------------------
 
@@ -354,16 +354,10 @@ def _blocks(N: int) -> tuple[int, int]:
     return blocks, -(-N // blocks // 16) * 16
 
 
+@constant_in_graphs
+@functools.lru_cache(32)
 def _bags(C: int, M: int, K: int, G: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the table rows of the bags (C, M, G), K/G in each, and where each bag starts."""
-    return _cached_bags(C, M, K, G)
-
-
-_bags._dynamo_marked_constant = True  # see matvec.py
-
-
-@functools.lru_cache(32)
-def _cached_bags(C: int, M: int, K: int, G: int) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.inference_mode(False):  # kept for calls of every kind
         index = torch.arange(C * K, dtype=torch.int32).view(C, 1, K).expand(C, M, K).flatten()
         return index, torch.arange(C * M * G, dtype=torch.int32) * (K // G)
