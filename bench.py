@@ -18,6 +18,7 @@ The others run one process after the other.
     python bench.py dedup corpus.jsonl                  # a million documents: time, memory, near-copies found
     python bench.py optimizers corpus.jsonl             # AdamW beside Muon on equal tokens, three seeds each
     python bench.py tune       # sft.py, --lora and dpo.py beside trl and peft: speed and memory of a step
+    python bench.py kernels    # every op beside plain torch, torch.compile, SDPA: see bench_kernels.py
     python bench.py plot out/run out/run2 --out plot.png    # loss, learning rate, speed of several runs
 
 `train`, `decode`, `data` and `bpe` need transformers and tokenizers (pip install -r requirements-dev.txt),
@@ -65,6 +66,7 @@ import common
 import demo_corpus
 import evaluate
 import lora
+from bench_kernels import kernels
 from checkpoint import load_model, model_folder, read_config, save_model
 from clean import SHINGLE, CleanConfig, clean_text, comparable, near_duplicates, signatures
 from data import IGNORE, Batches, ChatRows, PairRows, RowStream, Shards, drawn
@@ -1526,5 +1528,6 @@ if __name__ == "__main__":
         plot,
         optimizers,
         tune,
+        kernels,
         doc=__doc__,
     )

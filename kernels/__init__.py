@@ -8,7 +8,7 @@ Shapes: B batch, T query length, S key length, H query heads, K key-value heads,
 width, V vocabulary, N rows (B·T flattened).
 """
 
-from kernels.attention import attention, attention_decode
+from kernels.attention import attention, attention_decode, use_attention
 from kernels.glu import ACTIVATIONS, glu
 from kernels.linear_nll import linear_nll
 from kernels.matvec import by_columns, columns_are_faster, matvec
@@ -34,4 +34,5 @@ __all__ = [
     "rope",
     "rope_table",
     "unpack",
+    "use_attention",
 ]

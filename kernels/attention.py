@@ -23,7 +23,7 @@ from kernels.dispatch import on_triton
 _choice = "auto"
 
 
-def use(name: str) -> None:
+def use_attention(name: str) -> None:
     """Choose what attention runs on from now on: "auto", "triton" or "sdpa" (see attention)."""
     global _choice
     if name not in ("auto", "triton", "sdpa"):
@@ -45,7 +45,7 @@ def attention(
     integer, default S − T; slopes (H,) for ALiBi. Returns (B, H, T, D) in q's dtype. Only this definition
     builds a (T, S) mask.
 
-    Where tensors take kernels at all (see kernels/dispatch.py), `use` decides which:
+    Where tensors take kernels at all (see kernels/dispatch.py), `use_attention` decides which:
     auto     PyTorch's own (scaled_dot_product_attention) for plain causal attention on NVIDIA's sm_90 and
              newer, where it has kernels that Triton's do not reach; Triton's for all else, since a mask takes
              PyTorch's fast kernels away

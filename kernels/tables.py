@@ -139,8 +139,26 @@ def _find(op: str, dim: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
         for arch in (gpu, "*"):
             for key in (f"{dim} {kind}", f"{dim} *", f"* {kind}", "*"):
                 if key in by_arch.get(arch, {}):
+                    found[op, gpu, f"{dim} {kind}"] = by_arch[arch][key]
                     return by_arch[arch][key]
     raise KeyError(f"kernels/tables.py has no launch of {op} for {gpu}, {dim}, {kind}")
+
+
+found: dict[
+    tuple[str, str, str], dict[str, int]
+] = {}  # what was asked for: (op, arch, "dim dtype") -> launch
+
+
+def forget() -> None:
+    """Empty `found`, and search again for what was found before."""
+    found.clear()
+    _find.cache_clear()
+
+
+def override(op: str, arch: str, key: str, launch: dict[str, int]) -> None:
+    """Let a launch go before every table from now on, in this process (bench.py tries launches so)."""
+    _overrides().setdefault(op, {}).setdefault(arch, {})[key] = launch
+    _find.cache_clear()
 
 
 @functools.cache

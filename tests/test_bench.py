@@ -11,9 +11,10 @@ import torch
 from conftest import run_script
 
 import bench
+import bench_kernels
 import tokenizer as tok
 from checkpoint import save_model
-from model import ModelConfig, build, init_weights
+from model import PRESETS, ModelConfig, build, init_weights
 
 
 def test_kneser_ney_probabilities_sum_to_one():
@@ -338,3 +339,68 @@ def test_tune_bench_refuses_what_it_cannot_measure():
         bench.TuneBench(side="trl")
     with pytest.raises(ValueError, match="--rows must be even"):
         bench.TuneBench(rows=3)
+
+
+def test_every_op_is_timed_beside_plain_torch_and_gives_what_it_gives():
+    """A row for each side; bf16 differs from bf16 by roundings."""
+    done = run_script("bench.py", "kernels", "--preset=tiny", "--tokens=64", "--rounds=1", "--no_compile")
+    assert done.returncode == 0, done.stderr
+    blocks = re.split(r"\n(?=\S)", done.stdout)[1:]
+    ops = [block.split("\n")[0].rsplit(", roof", 1)[0] for block in blocks]
+    assert len(ops) == len(set(ops)) == 19
+    for word in (
+        "attention, eight",
+        "decoding",
+        "rms_norm",
+        "layer_norm",
+        "rope",
+        "glu",
+        "linear_nll",
+        "4 bits",
+    ):
+        assert any(word in op for op in ops), word
+    for block in blocks:
+        rows = block.strip().split("\n")[1:]
+        assert rows[0].split()[0] == "ours" and rows[1].startswith("  plain torch") and "failed" not in block
+        assert all(float(row.split()[-1]) < 0.02 for row in rows), block
+
+
+def test_work_and_roof_of_an_op_worked_by_hand():
+    """tiny: 4 heads and 2 key-value heads of 16. Two tokens see 1 and 2 keys: 3 pairs, 4 · 16 FLOPs a head."""
+    op = next(bench_kernels.attention(PRESETS["tiny"], 2, torch.bfloat16))
+    assert op.forward == (4 * 3 * 4 * 16, 2 * (2 * 4 + 2 * 2) * 16 * 2)  # q, o; k, v; two bytes
+    machine = bench_kernels.Machine(flops=100.0, bytes=10.0, text="")
+    assert machine.roof(bench_kernels.Work(200, 30)) == 3 and machine.roof(bench_kernels.Work(400, 30)) == 4
+
+
+def test_the_tuner_writes_a_table_that_launches_are_taken_from(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"other": {"sm_90": {"*": {"BLOCK": 1}}}}')
+    options = ("--ops", "norm", "--preset=tiny", "--tokens=8", "--rounds=1", f"--tune={path}")
+    done = run_script("bench.py", "kernels", *options, TRITON_INTERPRET=1, KERNELS="auto", timeout=300)
+    assert done.returncode == 0, done.stderr
+    table = json.loads(path.read_text())
+    assert table.pop("other") == {"sm_90": {"*": {"BLOCK": 1}}}  # what was there stays
+    code = (
+        "from kernels import tables; import torch; print(tables.launch('norm_forward', 64, torch.bfloat16))"
+    )
+    path.write_text('{"norm_forward": {"interpreter": {"64 bfloat16": {"BLOCK": 32, "num_warps": 4}}}}')
+    done = run_script("-c", code, TRITON_INTERPRET=1, KERNEL_TABLE=path)
+    assert done.stdout.strip() == "{'BLOCK': 32, 'num_warps': 4}", done.stderr
+
+
+def test_neighbours_of_a_launch_differ_in_one_number_within_limits():
+    found = bench_kernels.neighbours({"BM": 2, "num_warps": 16, "num_stages": 1, "whole": 1})
+    assert found == [
+        {"BM": 4, "num_warps": 16, "num_stages": 1, "whole": 1},
+        {"BM": 2, "num_warps": 8, "num_stages": 1, "whole": 1},
+        {"BM": 2, "num_warps": 16, "num_stages": 2, "whole": 1},
+        {"BM": 2, "num_warps": 16, "num_stages": 1, "whole": 0},
+    ]
+
+
+def test_the_tuner_wants_a_gpu_and_a_preset_must_exist():
+    done = run_script("bench.py", "kernels", "--tune=x.json")
+    assert done.returncode == 2 and "--tune needs a GPU" in done.stderr
+    done = run_script("bench.py", "kernels", "--preset=big")
+    assert done.returncode == 2 and "xverse-13b" in done.stderr

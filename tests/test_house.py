@@ -30,7 +30,7 @@ LEVELS = [
     "train quantize",
     "sft",
     "reward dpo evaluate rag",
-    "ppo serve",
+    "ppo serve bench_kernels",
     "bench",
 ]
 LEVEL = {name: i for i, line in enumerate(LEVELS) for name in line.split()}

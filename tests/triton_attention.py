@@ -282,10 +282,10 @@ def test_use_chooses(monkeypatch):
     with twins():
         assert not took()
     with pytest.raises(ValueError, match="auto, triton or sdpa"):
-        file.use("flash")
-    file.use("sdpa")
+        file.use_attention("flash")
+    file.use_attention("sdpa")
     assert not took()
-    file.use("auto")
+    file.use_attention("auto")
     assert took()
 
     # on a GPU that is not here
