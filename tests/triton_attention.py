@@ -275,17 +275,17 @@ def test_decoding_can_be_compiled_for_any_length():
         assert torch.equal(compiled(q, k, v, lengths), kernels.attention_decode(q, k, v, lengths))
 
 
-def test_use_chooses(monkeypatch):
+def test_use_attention_chooses(monkeypatch):
     q, k, v = layout("contiguous", 1, 1, 1, 4, 4, 16, torch.float32, 1.0)
     took = lambda: "baizhi" in str(kernels.attention(q, k, v).grad_fn)
     assert took()
     with twins():
         assert not took()
     with pytest.raises(ValueError, match="auto, triton or sdpa"):
-        file.use_attention("flash")
-    file.use_attention("sdpa")
+        kernels.use_attention("flash")
+    kernels.use_attention("sdpa")
     assert not took()
-    file.use_attention("auto")
+    kernels.use_attention("auto")
     assert took()
 
     # on a GPU that is not here
