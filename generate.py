@@ -37,12 +37,14 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 import chat
 import common
+import kernels
 import lora
 from checkpoint import base_folder, model_folder, read_object
 from inference import fuse, steps, weight_bytes
@@ -735,6 +737,7 @@ class GenerateConfig(Sampling):
     batch: int = 8  # texts of a file that are worked on together
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = ""  # float32, bfloat16; default: the folder's
+    attention: Literal["auto", "triton", "sdpa"] = "auto"  # our kernel for 16 bits, PyTorch's; auto: by case
     compile: bool = False  # compile the decoding step: a wait of up to minutes, for faster tokens after it
 
 
@@ -802,6 +805,7 @@ def main(config: GenerateConfig) -> None:
     if config.batch < 1:
         raise ValueError(f"--batch {config.batch} must be at least 1")
     device = common.start_process(config.device).device
+    kernels.use_attention(config.attention, device)
     dtype = {"": None, "float32": torch.float32, "bfloat16": torch.bfloat16}.get(config.dtype, config.dtype)
     if isinstance(dtype, str):
         raise ValueError(f"--dtype {dtype}: expected float32 or bfloat16")

@@ -46,6 +46,7 @@ import torch.nn as nn
 
 import checkpoint
 import common
+import kernels
 import lora
 import plan as planning
 import state
@@ -103,6 +104,7 @@ class FitConfig(OptimConfig, ParallelConfig):
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the model folder; the training state is fp32
     log_every: int = 10  # steps between lines on the screen; metrics.jsonl has every step
     device: str = "auto"  # auto, cpu, cuda
+    attention: Literal["auto", "triton", "sdpa"] = "auto"  # our kernel for 16 bits, PyTorch's; auto: by case
     timeout: float = 1800  # seconds that a rank waits for the others before it gives up
     peak_tflops: float = 0.0  # of one device, for MFU (model FLOPs utilisation); 0: known, or measured
 
@@ -481,7 +483,8 @@ class RunLog:
 def begin(cfg: Settings) -> tuple[Settings, common.Process]:
     """Meet the other ranks; give the settings in force (the saved ones, if a run goes on) and our place.
 
-    ValueError: --out holds another run; --resume, and there is none; --lora_… without --lora.
+    ValueError: --out holds another run; --resume, and there is none; --lora_… without --lora; --attention
+    triton without a GPU.
     """
     run = Path(cfg.out)
     if cfg.resume:
@@ -493,6 +496,7 @@ def begin(cfg: Settings) -> tuple[Settings, common.Process]:
         cfg = saved_settings(cfg, {})  # its flags are in them, and --init names a step by now
     elif not cfg.resume and run.exists() and any(p.name != "lock" for p in run.iterdir()):
         raise ValueError(f"{run} exists and is not empty; --resume goes on with it, or choose another --out")
+    kernels.use_attention(cfg.attention, process.device)
     process.barrier()  # all have looked at the folder before one writes into it
     return cfg, process
 

@@ -18,16 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import obstacle, on_triton
 
 _choice = "auto"
 
 
-def use_attention(name: str) -> None:
-    """Choose what attention runs on from now on: "auto", "triton" or "sdpa" (see attention)."""
+def use_attention(name: str, device: str = "cuda") -> None:
+    """Choose what attention runs on from now on: "auto", "triton" or "sdpa" (see attention).
+
+    ValueError: triton, and kernels do not run on that device.
+    """
     global _choice
     if name not in ("auto", "triton", "sdpa"):
         raise ValueError(f"attention {name}: expected auto, triton or sdpa")
+    if name == "triton" and (why := obstacle(device)):
+        raise ValueError(f"attention triton: no Triton kernel can run here ({why}); choose auto or sdpa")
     _choice = name
 
 

@@ -44,6 +44,15 @@ def on_triton(*tensors: torch.Tensor | None) -> bool:
     return floats[0].is_cpu and interpreted() and os.environ.get("KERNELS") != "torch"
 
 
+def obstacle(device: str) -> str:
+    """Say why tensors on a device ("cpu", "cuda:1") take no kernels; "" if they do."""
+    if os.environ.get("KERNELS") == "torch":
+        return "KERNELS=torch"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return "" if device.startswith("cuda") or interpreted() else f"the device is {device}"
+
+
 def interpreted() -> bool:
     """Tell whether Triton runs kernels on the CPU, in NumPy."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,7 +71,6 @@ def _chosen() -> bool:
     mode = os.environ.get("KERNELS", "auto")
     if mode not in ("auto", "torch"):
         raise ValueError(f"KERNELS={mode}: expected auto or torch")
-    here = importlib.util.find_spec("triton") is not None
-    why = "KERNELS=torch" if mode == "torch" else "" if here else "triton is not installed"
+    why = obstacle("cuda")
     print(f"kernels: {f'plain torch ({why})' if why else 'triton'}", file=sys.stderr)
     return not why

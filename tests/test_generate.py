@@ -1094,6 +1094,7 @@ def commands(made, scholar, tokenizer, tmp_path_factory):
         "top_p": [s, *p, "--top_p", "1.5"],
         "batch": [s, "--file", f, "--batch", "0"],
         "dtype": [s, *p, "--dtype", "float8"],
+        "attention": [s, *p, "--attention", "triton"],
         "large": [str(small), *p],
         "long": [s, "--prompt", "我" * 65],
     }
@@ -1195,6 +1196,7 @@ def test_the_flags_of_sampling_reach_the_sampler(commands, made):
         ("top_p", "--top_p 1.5 must lie in (0, 1]"),
         ("batch", "--batch 0 must be at least 1"),
         ("dtype", "--dtype float8: expected float32 or bfloat16"),
+        ("attention", "attention triton: no Triton kernel can run here"),
         ("large", "small: the tokenizer has"),
         ("long", "tokens exceed the model's context of 64; shorten the input"),
     ],

@@ -203,6 +203,18 @@ def test_equal_keys_give_the_mean_of_the_visible_values():
     assert rel(y, v.double().cumsum(2) / torch.arange(1, 10)[:, None]) < FP32
 
 
+def test_triton_is_refused_where_no_kernel_can_run(monkeypatch):
+    monkeypatch.delenv("KERNELS", raising=False)
+    for device, missing, why in [
+        ("cpu", False, "the device is cpu"),
+        ("cuda:0", True, "triton is not installed"),
+    ]:
+        if missing:
+            monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ValueError, match=f"no Triton kernel can run here .{why}.; choose auto or sdpa"):
+            kernels.use_attention("triton", device)
+
+
 def test_attention_is_bitwise_reproducible():
     q, k, v = (t.requires_grad_() for t in qkv(2, 4, 2, 65, 65, 64))
     lo = torch.stack([starts(30, 35), starts(65)])

@@ -496,6 +496,7 @@ def test_flags_change_the_shape_of_a_preset_but_not_of_a_folder(shards, finished
         (["--data", ""], "--data is missing"),
         (["--resume"], "no run to resume"),
         (["--data", "nowhere"], "no tokenizer here"),
+        (["--attention", "triton"], "no Triton kernel can run here .KERNELS=torch.; choose auto or sdpa"),
         (["--sample", "很长" * 200, "--row_tokens", "64"], "tokens long; a row has 64"),
     ],
 )

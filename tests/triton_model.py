@@ -7,22 +7,22 @@ operation of a model that should be a kernel is one. Weights are numbers of bf16
 import interp_shim
 import pytest
 import torch
+import tyro
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton_cases import compare, name, pairwise, randn, twins
 
+import kernels
+import train
 from common import Process
 from generate import Sampling, generate
 from inference import fuse
 from model import ModelConfig, build
 from parallel import ParallelConfig, parallelize
-from train import next_token_loss
 
-SHAPES = {  # vocabulary, width, layers, heads, MLP width, context; heads of 24 and 20 are padded
+SHAPES = {  # vocabulary, width, layers, heads, MLP width, context; heads of 24 and 20 are padded, 3 are no power of two
     "llama": ModelConfig("llama", 99, 96, 2, 4, 80, 64, 2),
     "phi": ModelConfig("phi", 99, 60, 2, 3, 80, 64, partial_rotary_factor=0.4),
-    "bloom": ModelConfig(
-        "bloom", 99, 48, 2, 3, 192, 64, tie_word_embeddings=True
-    ),  # 3 heads: no power of two
+    "bloom": ModelConfig("bloom", 99, 48, 2, 3, 192, 64, tie_word_embeddings=True),
 }
 ALWAYS = {"attention", "attention_backward", "linear_nll", "linear_nll_backward", "norm", "norm_backward"}
 OPERATORS = {  # what a training step launches
@@ -83,7 +83,7 @@ def step(model, batch: dict, z_loss: float) -> dict[str, torch.Tensor]:
         outputs.append(model(*args, **options))
         return outputs[0]
 
-    value, count, _ = next_token_loss(keep, batch, z_loss)
+    value, count, _ = train.next_token_loss(keep, batch, z_loss)
     (value / count).backward()
     tokens = dict(zip(("nll", "lse"), outputs[0] if z_loss else outputs))
     return tokens | {key: p.grad for key, p in model.named_parameters()}
@@ -111,18 +111,23 @@ def test_a_step_on_kernels_equals_the_step_in_plain_torch(case):
     for key, t in truth.items():
         back = key not in ("nll", "lse")
         assert got[key].dtype == plain[key].dtype == torch.float32
-        what = f"{family}, {'gradient of ' if back else ''}{key}"
-        compare(
-            got[key],
-            plain[key],
-            t,
-            dtype,
-            back,
-            what,
-            family,
-            ceiling=CEILING[dtype][back],
-            floor=FLOOR[dtype],
+        what, bounds = (
+            f"{family}, {'gradient of ' if back else ''}{key}",
+            (CEILING[dtype][back], FLOOR[dtype]),
         )
+        compare(got[key], plain[key], t, dtype, back, what, family, 1.0, *bounds)
+
+
+def test_the_command_line_chooses_attention(tmp_path):
+    flags = ["--out", str(tmp_path / "run"), "--device", "cpu", "--attention"]
+    try:
+        for choice in ("sdpa", "triton"):
+            train.begin(tyro.cli(train.TrainConfig, args=[*flags, choice]))
+            with Launched() as operators, torch.no_grad():
+                made("bloom", torch.float32)(torch.ones(1, 2, dtype=torch.long))
+            assert ("attention" in operators.names) == (choice == "triton") and "norm" in operators.names
+    finally:
+        kernels.use_attention("auto")
 
 
 @pytest.mark.parametrize("family", SHAPES)
