@@ -492,7 +492,7 @@ class Attention(nn.Module):
             v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if at.cos is not None:
-            q, k = kernels.rope(q, at.cos, at.sin), kernels.rope(k, at.cos, at.sin)
+            q, k = kernels.rope_pair(q, k, at.cos, at.sin)
         return q, k, v
 
 

@@ -14,7 +14,7 @@ from kernels.linear_nll import linear_nll
 from kernels.matvec import by_columns, columns_are_faster, matvec
 from kernels.norm import layer_norm, rms_norm
 from kernels.quant import Packed, ones, pack, packed, unpack
-from kernels.rope import rope, rope_table
+from kernels.rope import rope, rope_pair, rope_table
 
 __all__ = [
     "ACTIVATIONS",
@@ -32,6 +32,7 @@ __all__ = [
     "packed",
     "rms_norm",
     "rope",
+    "rope_pair",
     "rope_table",
     "unpack",
     "use_attention",

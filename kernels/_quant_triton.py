@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
+from kernels.dispatch import processors
 
 MAGIC = tl.constexpr(0x4B000000)  # 2²³ as a float; its last bit counts 1
 
@@ -225,7 +226,7 @@ def product(x, q, scales, zeros, bits: int, group: int) -> torch.Tensor:
     else:
         how = tables.launch("quant_matrix", group, x.dtype)
         length = 32
-    programs, how = how["PROGRAMS"], {k: v for k, v in how.items() if k != "PROGRAMS"}
+    programs, how = how["PROGRAMS"] * processors(x), {k: v for k, v in how.items() if k != "PROGRAMS"}
     blocks_n, all_steps = triton.cdiv(N, how["BLOCK_N"]), triton.cdiv(W, length)
     steps = triton.cdiv(all_steps, min(all_steps, triton.cdiv(programs, blocks_n)))
     splits, even = triton.cdiv(all_steps, steps), K % (1024 // bits) == 0

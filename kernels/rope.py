@@ -33,10 +33,19 @@ def rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     x (B, H, T, D); cos and sin (B or 1, 1, T, R) fp32, from rope_table. Returns (B, H, T, D) in x's dtype.
     """
     if on_triton(x, cos, sin):
-        return _on_gpu(x, cos, sin, False)
+        return _on_gpu(x, None, cos, sin, False)[0]
     if x.is_cpu and torch.is_grad_enabled() and x.requires_grad and not torch.compiler.is_compiling():
         return _Rope.apply(x, cos, sin)
     return _turn(x, cos, sin)
+
+
+def rope_pair(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate queries (B, H, T, D) and keys (B, K, T, D) as `rope` does; on a GPU in one launch."""
+    if on_triton(q, k, cos, sin):
+        return _on_gpu(q, k, cos, sin, False)
+    return rope(q, cos, sin), rope(k, cos, sin)
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -71,24 +80,29 @@ class _Rope(torch.autograd.Function):
 
 
 @torch.library.custom_op("baizhi::rope", mutates_args=())
-def _on_gpu(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, back: bool) -> torch.Tensor:
+def _on_gpu(
+    q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, back: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operator cannot return None: without k the second result is empty."""
     from kernels._rope_triton import rope
 
-    return rope(x, cos, sin, back)
+    return rope(q, k, cos, sin, back)
 
 
 @_on_gpu.register_fake
-def _(x, cos, sin, back):
-    return torch.empty_like(x)
+def _(q, k, cos, sin, back):
+    return torch.empty_like(q), q.new_empty(0) if k is None else torch.empty_like(k)
 
 
 def _keep(ctx, inputs, output):
-    _, cos, sin, ctx.back = inputs
+    _, k, cos, sin, ctx.back = inputs
+    ctx.pair = k is not None
     ctx.save_for_backward(cos, sin)
 
 
-def _pull(ctx, grad):
-    return _on_gpu(grad, *ctx.saved_tensors, not ctx.back), None, None, None
+def _pull(ctx, dq, dk):
+    dq, dk = _on_gpu(dq, dk if ctx.pair else None, *ctx.saved_tensors, not ctx.back)
+    return dq, dk if ctx.pair else None, None, None, None
 
 
 _on_gpu.register_autograd(_pull, setup_context=_keep)

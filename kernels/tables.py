@@ -73,26 +73,27 @@ TABLE: dict[str, dict[str, dict[str, dict[str, int]]]] = {
         "interpreter": {"*": {"BN": 16, "CHUNK": 32}},
         "*": {"*": {"BN": 64, "CHUNK": 256, "num_warps": 4, "num_stages": 2}},
     },
-    "quant_vector": {  # dim is the group; one warp loads 128 words of a row, so that it needs no other's x
-        "interpreter": {"*": {"BLOCK_N": 32, "BLOCK_W": 64, "PROGRAMS": 4}},
+    # dim is the group; PROGRAMS of each processor are wanted: where rows give fewer, inputs are split
+    "quant_vector": {  # one warp loads 128 words of a row, so that it needs no other's x
+        "interpreter": {"*": {"BLOCK_N": 32, "BLOCK_W": 64, "PROGRAMS": 2}},
         "gfx942": {  # 64 lanes
-            "32 *": {"BLOCK_N": 2, "BLOCK_W": 256, "PROGRAMS": 4864, "num_warps": 1},
-            "*": {"BLOCK_N": 4, "BLOCK_W": 256, "PROGRAMS": 4864, "num_warps": 1},
+            "32 *": {"BLOCK_N": 2, "BLOCK_W": 256, "PROGRAMS": 16, "num_warps": 1},
+            "*": {"BLOCK_N": 4, "BLOCK_W": 256, "PROGRAMS": 16, "num_warps": 1},
         },
         "*": {
-            "32 *": {"BLOCK_N": 2, "BLOCK_W": 128, "PROGRAMS": 2592, "num_warps": 1},
-            "*": {"BLOCK_N": 4, "BLOCK_W": 128, "PROGRAMS": 2592, "num_warps": 1},
+            "32 *": {"BLOCK_N": 2, "BLOCK_W": 128, "PROGRAMS": 24, "num_warps": 1},
+            "*": {"BLOCK_N": 4, "BLOCK_W": 128, "PROGRAMS": 24, "num_warps": 1},
         },
     },
     "quant_matrix": {
-        "interpreter": {"*": {"BLOCK_N": 32, "PROGRAMS": 4}},
+        "interpreter": {"*": {"BLOCK_N": 32, "PROGRAMS": 2}},
         "gfx942": {
-            "* float32": {"BLOCK_N": 32, "PROGRAMS": 432, "num_warps": 2, "num_stages": 2},
-            "*": {"BLOCK_N": 64, "PROGRAMS": 432, "num_warps": 4, "num_stages": 2},
+            "* float32": {"BLOCK_N": 32, "PROGRAMS": 4, "num_warps": 2, "num_stages": 2},
+            "*": {"BLOCK_N": 64, "PROGRAMS": 4, "num_warps": 4, "num_stages": 2},
         },
         "*": {
-            "* float32": {"BLOCK_N": 32, "PROGRAMS": 432, "num_warps": 2, "num_stages": 2},
-            "*": {"BLOCK_N": 64, "PROGRAMS": 432, "num_warps": 4, "num_stages": 3},
+            "* float32": {"BLOCK_N": 32, "PROGRAMS": 4, "num_warps": 2, "num_stages": 2},
+            "*": {"BLOCK_N": 64, "PROGRAMS": 4, "num_warps": 4, "num_stages": 3},
         },
     },
     "quant_combine": {
@@ -168,7 +169,7 @@ def _overrides() -> dict:
 
 
 def _arch() -> str:
-    """Name the current GPU: sm_80, sm_86, sm_90 (the nearest of these that is not newer), or gfx942.
+    """Name the current GPU: sm_80, sm_86, sm_90 (the nearest that is not newer), or gfx942 for all of AMD's.
 
     sm_120 counts as sm_86: like it, it is a card for players, with 99 KiB of shared memory.
     """
@@ -178,7 +179,7 @@ def _arch() -> str:
 
     target = driver.active.get_current_target()
     if target.backend != "cuda":
-        return str(target.arch)
+        return "gfx942"  # others have 64 KiB of shared memory, too; NVIDIA's blocks would not fit
     if target.arch >= 120:
         return "sm_86"
     return f"sm_{max((a for a in (80, 86, 90) if a <= target.arch), default=80)}"

@@ -50,7 +50,9 @@ class Launch:
     run: Callable[[], object]
     spill: dict[str, int] = dataclasses.field(default_factory=dict)  # target -> bytes that may be spilled
     why: str = ""  # reason for these spills
-    weights: int = 0  # quantised weights that one program reads in one turn of its hot loop
+    weights: dict[str, Callable[[], int]] = dataclasses.field(
+        default_factory=dict
+    )  # kernel -> quantised weights that one program reads in one turn of its hot loop
     targets: tuple[str, ...] = tuple(SHARED)
 
 
@@ -78,7 +80,7 @@ def row_launches() -> dict[str, Launch | Callable]:
         found[f"layer_norm backward {tag}"] = lambda x=x, w=w, s=two: norm.norm_backward(x, None, x, w, s)
     for H, D, R in ((40, 128, 128), (32, 80, 32)):
         x, table = meta(1, N, H, D).transpose(1, 2), meta(1, 1, N, R, dtype=fp32)
-        found[f"rope {R} of {D}"] = lambda x=x, table=table: rope.rope(x, table, table, False)
+        found[f"rope {R} of {D}"] = lambda x=x, table=table: rope.rope(x, x, table, table, False)
     for act in ("silu", "gelu", "gelu_tanh"):
         x = meta(N, 13824)
         found[f"glu {act}"] = lambda x=x, act=act: glu.glu_forward(x, x, act)
@@ -99,7 +101,7 @@ def launches() -> dict[str, Launch]:
             made = getattr(importlib.import_module(file), function)()
         else:
             continue
-        found |= {k: v if isinstance(v, Launch) else Launch(v) for k, v in made.items()}
+        found |= {k: Launch(v) if callable(v) else v for k, v in made.items()}
     return found
 
 
@@ -162,8 +164,9 @@ def compile_launch(name: str, target: str) -> list[dict]:
             "shared": compiled.metadata.shared,
         }
         row |= _amd(compiled) if target[0] == "g" else _nvidia(compiled, int(target[3:]))
-        if launch.weights and row["loop"]:
-            row["per_weight"] = round(row["loop"] * 32 * row["warps"] / launch.weights, 2)
+        if kernel in launch.weights and row["loop"]:
+            lanes = row["warps"] * (64 if target[0] == "g" else 32)
+            row["per_weight"] = round(row["loop"] * lanes / launch.weights[kernel](), 2)
         allowed = launch.spill.get(target, 0)
         problems = [f"address in 32 bits: {line}" for line in narrow_products(compiled.asm["ttir"])]
         if row["spill"] > allowed:
@@ -308,8 +311,10 @@ def narrow_products(ttir: str) -> list[str]:
 def compare(row: dict, committed: dict | None) -> list[str]:
     """Say what is more than 5 % worse than the committed numbers."""
     worse = []
-    for what in COMPARED if committed else ():
-        old, new = committed.get(what, 0), row.get(what, 0)
+    for what in COMPARED:
+        old, new = (committed or {}).get(what), row.get(what, 0)
+        if old is None:
+            continue
         if new > 1.05 * old and new - old > 2 * (what == "regs"):
             worse.append(f"{what} {old} -> {new}")
     return worse

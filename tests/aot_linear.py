@@ -40,13 +40,22 @@ def linear_launches() -> dict:
 
 def _quantised(N: int, K: int, bits: int, group: int, M: int, dtype=BF16):
     """Make a function that launches the product of M rows by a matrix (N, K); M 0: its putting together."""
+    from aot import Launch
+
     from kernels import _quant_triton as quant
+    from kernels import tables
 
     block = 1024 // bits
     words = -(-K // block) * 32
     q, x = _empty(N, words, dtype=torch.int32), _empty(M, K, dtype=dtype)
     scales = _empty(words // 32 * block // group, N, dtype=torch.float16)
     zeros = _empty(*scales.shape, dtype=torch.uint8)
+
+    def weights() -> int:
+        how = tables.launch("quant_vector", group, dtype)
+        return how["BLOCK_N"] * how["BLOCK_W"] * 32 // bits
+
     if not M:
         return lambda: quant.whole(q, scales, zeros, K, bits, group, BF16)
-    return lambda: quant.product(x, q, scales, zeros, bits, group)
+    run = lambda: quant.product(x, q, scales, zeros, bits, group)
+    return Launch(run, weights={"vector_kernel": weights} if M == 1 else {})

@@ -2,6 +2,7 @@
 
 import os
 
+import interp_shim
 import pytest
 import torch
 import torch.distributed as dist
@@ -46,20 +47,35 @@ ROPES = pairwise(
     layout=["projected", "contiguous", "one of three", "turned"],
     rows=[1, 2],
     offset=[0, 8000],
+    K=[0, 1, 3],
 )
 
 
 @pytest.mark.parametrize("case", ROPES, ids=map(name, ROPES))
 def test_rope_equals_its_twin(case):
     (D, R), T = case["dims"], case["T"]
-    x = heads(2, case["H"], T, D, case["dtype"], case["layout"])
-    check(kernels.rope, (x, *table(T, R, case["rows"], case["offset"])), case["dtype"])
+    q = heads(2, case["H"], T, D, case["dtype"], case["layout"])
+    angles = table(T, R, case["rows"], case["offset"])
+    if case["K"]:
+        k = heads(2, case["K"], T, D, case["dtype"], "projected")
+        check(kernels.rope_pair, (q, k, *angles), case["dtype"])
+    else:
+        check(kernels.rope, (q, *angles), case["dtype"])
 
 
 def test_rope_back_undoes_rope():
-    x, angles = heads(1, 2, 3, 20, FP32, "projected"), table(3, 6)
-    back = torch.ops.baizhi.rope(kernels.rope(x, *angles), *angles, True)
-    assert (back - x).abs().max() < 1e-6
+    q, k, angles = heads(1, 2, 3, 20, FP32, "projected"), heads(1, 1, 3, 20, FP32, "projected"), table(3, 6)
+    back = torch.ops.baizhi.rope(*kernels.rope_pair(q, k, *angles), *angles, True)
+    assert all((b - x).abs().max() < 1e-6 for b, x in zip(back, (q, k)))
+
+
+def test_rope_of_a_pair_is_one_launch_and_a_key_nobody_uses_has_no_gradient():
+    q, k, angles = heads(1, 2, 3, 16, FP32, "projected"), heads(1, 1, 3, 16, FP32, "projected"), table(3, 6)
+    before = interp_shim.launches
+    turned = kernels.rope_pair(q, k, *angles)
+    assert interp_shim.launches == before + 1
+    turned[0].sum().backward()
+    assert q.grad.abs().min() > 0 and not k.grad.any()
 
 
 def test_rope_keeps_the_layout():
@@ -157,7 +173,8 @@ def equal(got, want):
 
 def test_operators_tell_torch_the_truth():
     x, angles = heads(1, 2, 3, 16, FP32, "projected"), table(3, 6)
-    torch.library.opcheck(torch.ops.baizhi.rope.default, (x, *angles, False))
+    torch.library.opcheck(torch.ops.baizhi.rope.default, (x, None, *angles, False))
+    torch.library.opcheck(torch.ops.baizhi.rope.default, (x, x[:, :1], *angles, True))
     gate, up = randn(3, 20), randn(3, 20, seed=1)
     torch.library.opcheck(torch.ops.baizhi.glu.default, (gate, up, "gelu"))
     dy = randn(3, 20, seed=2, grad=False)
