@@ -481,7 +481,7 @@ def test_rope_turns_pairs_by_position_times_frequency(D, R, offset):
     positions = torch.stack([torch.arange(7) + offset, torch.arange(7) * 3])
     freq = frequencies(R)
     table = kernels.rope_table(positions, freq)
-    got = kernels.rope(q, *table), kernels.rope(k, *table)
+    got = kernels.rope_pair(q, k, *table)
     for y, x in zip(got, (q, k)):
         assert y.dtype == x.dtype and rel(y, complex_rope(x, positions, freq)) < 5e-6  # fp32 angles of 300
         assert torch.equal(y[..., R:], x[..., R:])

@@ -584,8 +584,8 @@ def test_bf16_weights_equal_bf16_compute_over_the_same_masters(ours):
 @pytest.mark.parametrize("road", ["weights", "compute_dtype", "cache"])
 def test_a_bf16_model_turns_by_fp32_angles(road, monkeypatch):
     """bf16 angles would make one of positions 1,000 and 1,001 (XuanYuan-70B's report)."""
-    model, tables, rope = fresh(small(max_position_embeddings=2048)), [], kernels.rope
-    monkeypatch.setattr(kernels, "rope", lambda x, cos, sin: tables.append((cos, sin)) or rope(x, cos, sin))
+    model, tables, rope = fresh(small(max_position_embeddings=2048)), [], kernels.rope_pair
+    monkeypatch.setattr(kernels, "rope_pair", lambda q, k, *t: tables.append(t) or rope(q, k, *t))
     cache = None
     if road == "compute_dtype":
         model.compute_dtype = torch.bfloat16
@@ -598,7 +598,7 @@ def test_a_bf16_model_turns_by_fp32_angles(road, monkeypatch):
     for cos, sin in tables:
         assert cos.dtype == sin.dtype == torch.float32
         assert len(torch.stack([cos[0, 0, :, 0], sin[0, 0, :, 0]], 1).unique(dim=0)) == 2048
-    assert len(tables) == 2 * model.config.num_hidden_layers  # of queries, of keys
+    assert len(tables) == model.config.num_hidden_layers
 
 
 # --- 8. initial weights and learning -------------------------------------------------------------------------
