@@ -28,6 +28,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import weakref
@@ -40,8 +41,7 @@ import torch.nn.functional as F
 import checkpoint
 import common
 import kernels
-from kernels.linear_nll import BLOCK_ELEMENTS, CHUNK_ELEMENTS
-from kernels.rope import _turn as rope_of_autograd
+from kernels.linear_nll import CHUNK_ELEMENTS
 from model import FROM_TOKENIZER, PRESETS, ModelConfig, build, flops_per_token, num_params
 from optim import Kind, OptimConfig, make_optimizer
 from parallel import ParallelConfig, gradient_sync, make_mesh, parallelize
@@ -163,19 +163,18 @@ def elements(shapes: list[torch.Size], cut: int = 1, whole: bool = True) -> int:
 def block_bytes(config: ModelConfig, item: int) -> tuple[int, int]:
     """Give bytes a token that a block keeps for its backward pass, and that this pass adds at its worst.
 
-    C width, F mlp width, H·D and K·D widths of queries and of keys. Attention as on a GPU (flash): it keeps
-    no scores. What is listed is what autograd saves: the inputs of products, norms and activations.
+    C width, F mlp width, H·D and K·D widths of queries and of keys. As on a GPU with the kernels of kernels/:
+    attention keeps no scores, a norm its input, a gated unit both factors, RoPE nothing. What is listed is
+    what autograd saves: the inputs of products, norms and activations.
     """
     s, C, F_ = config.switches, config.hidden_size, config.intermediate_size
     q, kv = (h * config.head_dim for h in (config.num_attention_heads, config.num_key_value_heads))
     norms = 1 if s.parallel else 2
-    kept = norms * C * (3 if s.rms_norm else 2) * item  # x and the result; RMSNorm: before its weight, too
+    kept = norms * C * 2 * item  # x and the result
     kept += norms * (4 if s.rms_norm else 8)  # statistics, fp32
     kept += (q + kv + kv + q) * item  # q, k, v, and the output, which is o_proj's input
-    if s.rope and config.rotary_dim < config.head_dim:
-        kept += q * item  # joined head by head, q lays out the output so too, and o_proj needs a copy
     kept += config.num_attention_heads * 4  # logsumexp of the scores, fp32
-    kept += (4 if s.gated else 2) * F_ * item  # gate, up, act(gate), product; or up, act(up)
+    kept += (3 if s.gated else 2) * F_ * item  # gate, up, product; or up, act(up)
     kept += norms * C if config.dropout else 0  # masks, a byte each
     # the MLP's backward pass: gradients of the product and of both factors, or of act(up) and up; down_proj's
     # input is gone by then; and the gradient of the block's output
@@ -183,19 +182,18 @@ def block_bytes(config: ModelConfig, item: int) -> tuple[int, int]:
 
 
 def loss_bytes(config: ModelConfig, tokens: int, item: int) -> int:
-    """Count what the head's backward pass (kernels.linear_nll) holds beside the head: V vocabulary, C width.
+    """Count what the head's backward pass (kernels.linear_nll on a GPU) holds beside the head.
 
-    The weight's cast and its fp32 gradient, x and its gradient, and the larger of: a chunk's share of the
-    weight's gradient beside the chunk's logits in both dtypes; the logits of two chunks, one that ends and
-    one that begins.
+    V vocabulary, C width, N tokens. The weight's cast and its fp32 gradient; x, and its gradient in fp32; a
+    chunk of V: the gradient of its logits, and the larger of what it adds to the gradient of x and to that of
+    the weight, before they are added. At the end x's gradient is cast.
     """
-    V, C = config.vocab_size, config.hidden_size
-    rows = max(1, CHUNK_ELEMENTS["cuda"] // V)
-    chunk, several = min(tokens, rows) * V, tokens > rows
-    wide = 4 * chunk if item == 2 else 0  # logits in fp32
+    V, C, N = config.vocab_size, config.hidden_size, tokens
+    chunk = -(-V // -(-V // max(1, CHUNK_ELEMENTS["cuda"] // N)))  # columns
+    several = chunk < V
     cast = item * V * C if item == 2 else 0
-    work = max(item * (V * C + chunk) + wide, (item * chunk + wide) * (1 + several) - several * item * chunk)
-    return cast + 4 * V * C + 3 * item * tokens * C + work
+    work = item * N * chunk + 4 * chunk * C + (8 * N * C if several else item * N * C)
+    return cast + 4 * V * C + item * N * C + work
 
 
 def shares(job: Job) -> Memory:
@@ -507,50 +505,84 @@ class Meter(torch.utils._python_dispatch.TorchDispatchMode):
 
 @contextlib.contextmanager
 def _as_on_a_gpu():
-    mine = {"attention": _flash_attention, "rms_norm": _fused_rms_norm, "layer_norm": _fused_layer_norm}
-    mine["rope"] = rope_of_autograd
+    """Let models keep and take what they do with the kernels of kernels/; numbers have no meaning here."""
+    mine = {
+        "attention": _flash_attention,
+        "rms_norm": functools.partial(_fused_norm, statistics=1),
+        "layer_norm": functools.partial(_fused_norm, statistics=2),
+        "glu": _FusedGLU.apply,
+        "linear_nll": _HeadLoss.apply,
+    }
     theirs = {name: getattr(kernels, name) for name in mine}
-    sizes = [(table, table["cpu"]) for table in (CHUNK_ELEMENTS, BLOCK_ELEMENTS)]
     try:
         for name, op in mine.items():
             setattr(kernels, name, op)
-        for table, _ in sizes:
-            table["cpu"] = table["cuda"]
         yield
     finally:
         for name, op in theirs.items():
             setattr(kernels, name, op)
-        for table, size in sizes:
-            table["cpu"] = size
 
 
 def _flash_attention(q, k, v, lo=None, start=None, slopes=None):
-    """Keep q, k, v, the output and logsumexp, with documents and ALiBi too; numbers have no meaning here."""
+    """Keep q, k, v, the output and logsumexp, with documents and ALiBi too."""
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-class _Normalised(torch.autograd.Function):
+def _fused_norm(x, weight, *more, residual=None, statistics):
+    """Keep the input and a row's statistics; `more`: a bias, eps, and the residual if it is no keyword."""
+    if len(more) > statistics:
+        residual = more[-1]
+    h = x if residual is None else x + residual
+    y = _FusedNorm.apply(h, weight, more[0] if statistics == 2 else None)
+    return y if residual is None else (y, h)
+
+
+class _FusedNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h):
-        ctx.save_for_backward(h, h.new_empty(h.shape[:-1], dtype=torch.float32))
+    def forward(ctx, h, weight, bias):
+        ctx.two = bias is not None
+        rows = h.new_empty(1 + ctx.two, *h.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(h, weight, rows)
         return torch.empty_like(h)
 
     @staticmethod
     def backward(ctx, grad):
-        return torch.empty_like(grad)
+        weight = ctx.saved_tensors[1]
+        return torch.empty_like(grad), torch.empty_like(weight), torch.empty_like(weight) if ctx.two else None
 
 
-def _fused_rms_norm(x, weight, eps, residual=None):
-    """Keep the input and 1/rms, as PyTorch's fused kernel on a GPU does."""
-    h = x if residual is None else x + residual
-    y = _Normalised.apply(h) * weight.to(h.dtype)
-    return y if residual is None else (y, h)
+class _FusedGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up, act):
+        ctx.save_for_backward(gate, up)
+        return torch.empty_like(gate)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return torch.empty_like(grad), torch.empty_like(grad), None
 
 
-def _fused_layer_norm(x, weight, bias, eps, residual=None):
-    h = x if residual is None else x + residual
-    y = F.layer_norm(h, h.shape[-1:], weight.to(h.dtype), bias.to(h.dtype), eps)
-    return y if residual is None else (y, h)
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        ctx.save_for_backward(x, weight, bias)
+        weight.to(x.dtype)
+        return tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+
+    @staticmethod
+    def backward(ctx, *_):
+        """Allocate what _linear_nll_triton.backward does."""
+        x, weight, bias = ctx.saved_tensors
+        (N, C), V = x.shape, len(weight)
+        w = weight.to(x.dtype)  # noqa: F841  held
+        size = -(-V // -(-V // max(1, CHUNK_ELEMENTS["cuda"] // N)))
+        d, dw, dx = x.new_empty(N, size), torch.empty_like(weight), None  # noqa: F841
+        for a in range(0, V, size):
+            share = x.new_empty(N, C, dtype=torch.float32 if size < V else x.dtype)
+            dx = share if dx is None else dx.add_(share)
+            del share
+            x.new_empty(min(size, V - a), C, dtype=weight.dtype)  # what goes into dw
+        return dx.to(x.dtype), dw, None if bias is None else torch.empty_like(bias), None
 
 
 # --- 5. the report and the command -------------------------------------------------------------------------
