@@ -6,7 +6,8 @@ own (tests/test_triton.py starts it), because Triton reads TRITON_INTERPRET when
     check(kernels.rms_norm, (x, weight, 1e-5), x.dtype)      # x and weight require grad: so do forward and backward
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_norm.py     one file, by hand
-    ALL=1 ...                                                    every combination instead of every pair
+    ALL=1 ...                                                    every combination instead of every pair: minutes, for
+                                                                 attention hours; Ctrl-C shows the errors so far
     SEED=7 ...                                                   other pairs, other random numbers
 
 Acceptance. The truth is the twin in fp64. A kernel's largest error may be twice that of the twin in the kernel's own
@@ -47,6 +48,8 @@ def pairwise(**options: list) -> list[dict]:
     """Choose few combinations such that every two values of two different options meet in one of them."""
     names, draw = list(options), random.Random(SEED)
     everything = [dict(zip(names, values)) for values in itertools.product(*options.values())]
+    if os.environ.get("ALL") == "1":
+        draw.shuffle(everything)  # so that a run that is interrupted has seen something of everything
     if os.environ.get("ALL") == "1" or len(names) == 1:
         return everything
     spots = {name: {id(v): i for i, v in enumerate(values)} for name, values in options.items()}
