@@ -24,6 +24,8 @@ be 60 % or 33 % more work. Other sizes are padded with zeros. D1 = 0: there is n
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -225,14 +227,16 @@ def _attend(
 @triton.jit
 def _forward(
     q, k, v, o, lse, lo, start, slopes, qb, qh, qt, kb, kh, kt, vb, vh, vt, T, S, H, G, scale: tl.float32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Own the queries i0 … i0+BM of one head."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM  # late queries see most keys: they go first
-    q += b * qb + h * qh  # now one matrix (T, D)
-    k += b * kb + h // G * kh  # (S, D)
-    v += b * vb + h // G * vh  # (S, D)
+    q += (b * qb + h * qh) * UNIT  # now one matrix (T, D)
+    k += (b * kb + h // G * kh) * UNIT  # (S, D)
+    v += (b * vb + h // G * vh) * UNIT  # (S, D)
+    qt, kt, vt = qt * UNIT, kt * UNIT, vt * UNIT
     slope = _slope(slopes, h, scale)
     p, first = _queries(i0, b, lo, start, T, S, BM)  # (BM,), (BM,)
     q0, q1 = _load(q, i0, qt, T, BM, D, D0, D1, True)  # (BM, D)
@@ -265,10 +269,11 @@ def forward(q, k, v, lo, start, slopes):
     q, k, v = _rows(q), _rows(k), _rows(v)
     o = q.new_empty(B, T, H, D)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
+    strides, unit = _strides(q, k, v)
     how = dict(launch("attention", D, q.dtype))
     _forward[triton.cdiv(T, how["BM"]), H, B](
-        q, k, v, o, lse, *_places(lo, start, slopes, B, T), *_strides(q, k, v), T, S, H, H // K, _scale(D),
-        **_widths(D, how), **how,
+        q, k, v, o, lse, *_places(lo, start, slopes, B, T), *strides, T, S, H, H // K, _scale(D),
+        UNIT=unit, **_widths(D, how), **how,
     )  # fmt: skip
     return o.transpose(1, 2), lse
 
@@ -295,20 +300,23 @@ def _dq_step(
 def _backward_q(
     q, k, v, o, do, lse, delta, dq, lo, start, slopes,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, T, S, H, G, scale: tl.float32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Own the queries i0 … i0+BM of one head: sum their dq over keys; write delta for the next kernel."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     i0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BM
-    q += b * qb + h * qh  # (T, D)
-    k += b * kb + h // G * kh  # (S, D)
-    v += b * vb + h // G * vh  # (S, D)
+    q += (b * qb + h * qh) * UNIT  # (T, D)
+    k += (b * kb + h // G * kh) * UNIT  # (S, D)
+    v += (b * vb + h // G * vh) * UNIT  # (S, D)
+    do += (b * db + h * dh) * UNIT  # (T, D)
+    qt, kt, vt, dt = qt * UNIT, kt * UNIT, vt * UNIT, dt * UNIT
     own = (b * T * H + h) * D  # o and dq lie in memory as (B, T, H, D)
     row = (b * H + h) * T  # lse and delta as (B, H, T)
     i = i0 + tl.arange(0, BM)  # (BM,)
     slope = _slope(slopes, h, scale)
     p, first = _queries(i0, b, lo, start, T, S, BM)  # (BM,), (BM,)
-    do0, do1 = _load(do + b * db + h * dh, i0, dt, T, BM, D, D0, D1, True)  # (BM, D)
+    do0, do1 = _load(do, i0, dt, T, BM, D, D0, D1, True)  # (BM, D)
     o0, o1 = _load(o + own, i0, H * D, T, BM, D, D0, D1, True)  # (BM, D)
     d_i = tl.sum(o0.to(tl.float32) * do0.to(tl.float32), 1)  # (BM,)
     if D1 > 0:
@@ -366,17 +374,19 @@ def _dkv_step(
 def _backward_kv(
     q, k, v, do, lse, delta, dk, dv, lo, start, slopes,
     qb, qh, qt, kb, kh, kt, vb, vh, vt, db, dh, dt, T, S, H, G, scale: tl.float32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr,
 ):  # fmt: skip
     """Own the keys j … j+BN of a key-value head: sum dk and dv over its heads and their queries, in order."""
     b, kv = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     j = tl.program_id(0) * BN  # early keys are seen by most queries: they go first
-    q += b * qb  # (H, T, D), as do
-    do += b * db
+    q += b * qb * UNIT  # (H, T, D), as do
+    do += b * db * UNIT
+    qh, qt, kt, vt, dh, dt = qh * UNIT, qt * UNIT, kt * UNIT, vt * UNIT, dh * UNIT, dt * UNIT
     lse += b * H * T  # (H, T), as delta
     delta += b * H * T
-    k0, k1 = _load(k + b * kb + kv * kh, j, kt, S, BN, D, D0, D1, True)  # (BN, D)
-    v0, v1 = _load(v + b * vb + kv * vh, j, vt, S, BN, D, D0, D1, True)  # (BN, D)
+    k0, k1 = _load(k + (b * kb + kv * kh) * UNIT, j, kt, S, BN, D, D0, D1, True)  # (BN, D)
+    v0, v1 = _load(v + (b * vb + kv * vh) * UNIT, j, vt, S, BN, D, D0, D1, True)  # (BN, D)
     dk0, dk1 = _zeros(BN, D0, D1)  # (BN, D)
     dv0, dv1 = _zeros(BN, D0, D1)  # (BN, D)
     ahead = S - T  # the position of query 0
@@ -413,16 +423,16 @@ def backward(do, q, k, v, o, lse, lo, start, slopes):
     o = o.transpose(1, 2).contiguous()  # as forward made it, so this copies nothing
     delta, dq = torch.empty_like(lse), q.new_empty(B, T, H, D)
     dk, dv = k.new_empty(B, S, K, D), v.new_empty(B, S, K, D)
-    places, strides = _places(lo, start, slopes, B, T), _strides(q, k, v, do)
+    places, (strides, unit) = _places(lo, start, slopes, B, T), _strides(q, k, v, do)
     how = dict(launch("attention_dq", D, q.dtype))
     _backward_q[triton.cdiv(T, how["BM"]), H, B](
         q, k, v, o, do, lse, delta, dq, *places, *strides, T, S, H, H // K, _scale(D),
-        **_widths(D, how), **how,
+        UNIT=unit, **_widths(D, how), **how,
     )  # fmt: skip
     how = dict(launch("attention_dkv", D, q.dtype))
     _backward_kv[triton.cdiv(S, how["BN"]), K, B](
         q, k, v, do, lse, delta, dk, dv, *places, *strides, T, S, H, H // K, _scale(D),
-        **_widths(D, how), **how,
+        UNIT=unit, **_widths(D, how), **how,
     )  # fmt: skip
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
@@ -433,8 +443,8 @@ def backward(do, q, k, v, o, lse, lo, start, slopes):
 @triton.jit
 def _decode(
     q, k, v, part, lse, lengths, slopes, qb, qh, qt, kb, kh, kt, vb, vh, vt, T, S, H, G, scale: tl.float32,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr, BN: tl.constexpr,
-    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, R: tl.constexpr,
+    BN: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Own a chunk of the keys of a key-value head, for R of its G·T rows: row r is query r%T of head r//T."""
     tiles = tl.cdiv(G * T, R)
@@ -443,7 +453,7 @@ def _decode(
     h = kv * G + r // T  # (R,)
     length = tl.load(lengths + b).to(tl.int32)
     used = tl.minimum(length + T, S)  # what lies beyond is never read
-    at = q + b * qb + h * qh + (r % T).to(tl.int64) * qt  # (R,)
+    at = q + (b * qb + h * qh + (r % T).to(tl.int64) * qt) * UNIT  # (R,)
     column = tl.arange(0, D0)  # (D0,)
     q0 = tl.load(at[:, None] + column, mask=(r < G * T)[:, None] & (column < D), other=0.0)  # (R, D0)
     q1 = q0
@@ -455,8 +465,9 @@ def _decode(
         slope = tl.load(slopes + h, mask=r < G * T, other=0.0).to(tl.float32)[:, None] * (
             LOG2E / scale
         )  # (R, 1)
-    k += b * kb + kv * kh  # (S, D)
-    v += b * vb + kv * vh  # (S, D)
+    k += (b * kb + kv * kh) * UNIT  # (S, D)
+    v += (b * vb + kv * vh) * UNIT  # (S, D)
+    kt, vt = kt * UNIT, vt * UNIT
     p = length + r % T  # (R,)
     sum0, sum1 = _zeros(R, D0, D1)  # (R, D)
     m = tl.full([R], -INF, tl.float32)  # (R,)
@@ -517,9 +528,10 @@ def decode(q, k, v, lengths, slopes):
     part = q.new_empty(B, H, T, N, D, dtype=torch.float32)
     lse = q.new_empty(B, H, T, N, dtype=torch.float32)
     o = q.new_empty(B, T, H, D)
+    strides, unit = _strides(q, k, v)
     _decode[N, K * triton.cdiv(G * T, R), B](
-        q, k, v, part, lse, lengths, slopes, *_strides(q, k, v), T, S, H, G, _scale(D),
-        **_widths(D, how), R=R, **how,
+        q, k, v, part, lse, lengths, slopes, *strides, T, S, H, G, _scale(D),
+        UNIT=unit, **_widths(D, how), R=R, **how,
     )  # fmt: skip
     _combine[T, H, B](
         part, lse, o, lengths, T, S, H, N, D=D, W=triton.next_power_of_2(D), CHUNK=how["CHUNK"], num_warps=4
@@ -535,8 +547,15 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _strides(*tensors: torch.Tensor) -> list[int]:
-    return [n for x in tensors for n in x.stride()[:3]]
+def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
+    """Give all strides but the last, in units of the second result.
+
+    Triton looks for multiples of 16 by itself. A head of 60 begins at a multiple of 4: a kernel that is told
+    loads 4 numbers at once, and while it computes; another loads one by one, and waits.
+    """
+    strides = [n for x in tensors for n in x.stride()[:3]]
+    unit = math.gcd(16, *strides) % 16 or 1
+    return [n // unit for n in strides], unit
 
 
 def _places(lo, start, slopes, B: int, T: int):
