@@ -12,13 +12,11 @@ ALiBi: Press et al. 2021, "Train Short, Test Long". Grouped heads: Ainslie et al
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import obstacle, on_triton
+from kernels.dispatch import obstacle, on_triton, operator, outside_graphs
 
 _choice = "auto"
 
@@ -100,19 +98,7 @@ BLOCK = 256  # queries of a long document that are worked at once: above their d
 KEEP = 512  # up to this length of a document its probabilities are kept for the backward pass
 
 
-def _outside_graphs(function):
-    """torch.compiler.disable, asked for when the function first runs: to import it takes two seconds."""
-
-    @functools.wraps(function)
-    def call(*args):
-        if not hasattr(function, "outside"):
-            function.outside = torch.compiler.disable(function)
-        return function.outside(*args)
-
-    return call
-
-
-@_outside_graphs  # it looks at values
+@outside_graphs  # it looks at values
 def _faster_by_document(q, k, v, lo) -> bool:
     if not any(t.requires_grad for t in (q, k, v)):
         return False
@@ -144,7 +130,7 @@ def _spans(first: torch.Tensor) -> list[tuple[int, int]]:
     return spans
 
 
-@_outside_graphs  # the shapes are those of the documents
+@outside_graphs  # the shapes are those of the documents
 def _by_document(q, k, v, first):
     return _ByDocument.apply(q, k, v, first)
 
@@ -264,7 +250,7 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(B, T, H, D).transpose(1, 2)
 
 
-@torch.library.custom_op("baizhi::attention", mutates_args=())
+@operator("baizhi::attention")
 def _attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -284,7 +270,7 @@ def _(q, k, v, lo, start, slopes):
     return _like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("baizhi::attention_backward", mutates_args=())
+@operator("baizhi::attention_backward")
 def _attention_backward_op(
     grad: torch.Tensor,
     q: torch.Tensor,
@@ -321,7 +307,7 @@ def _backward(ctx, grad, _):
 _attention_op.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("baizhi::attention_decode", mutates_args=())
+@operator("baizhi::attention_decode")
 def _decode_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor, slopes: torch.Tensor | None
 ) -> torch.Tensor:

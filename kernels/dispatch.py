@@ -34,6 +34,35 @@ def constant_in_graphs(function: Callable) -> Callable:
     return call
 
 
+def outside_graphs(function: Callable) -> Callable:
+    """torch.compiler.disable, asked for when the function first runs: to import it takes two seconds."""
+
+    @functools.wraps(function)
+    def call(*args):
+        if not hasattr(function, "outside"):
+            function.outside = torch.compiler.disable(function)
+        return function.outside(*args)
+
+    return call
+
+
+def operator(name: str) -> Callable:
+    """Make a function that launches kernels an operator of torch; they run on the GPU of its first tensor.
+
+    Triton launches on the current GPU, whichever holds the tensors.
+    """
+
+    def define(function: Callable):
+        @functools.wraps(function)
+        def call(*args):
+            with torch.cuda.device_of(args[0]):  # nothing happens where it is on no GPU
+                return function(*args)
+
+        return torch.library.custom_op(name, call, mutates_args=())
+
+    return define
+
+
 def on_triton(*tensors: torch.Tensor | None) -> bool:
     """Tell whether an op on these tensors runs as a Triton kernel; None and integers do not matter."""
     floats = [t for t in tensors if t is not None and t.is_floating_point()]

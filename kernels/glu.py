@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import on_triton, operator
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -29,14 +29,14 @@ def glu(gate: torch.Tensor, up: torch.Tensor, act: str = "silu") -> torch.Tensor
 # --- on a GPU: the kernels of _glu_triton.py as operators of torch ------------------------------------------
 
 
-@torch.library.custom_op("baizhi::glu", mutates_args=())
+@operator("baizhi::glu")
 def _glu(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     from kernels._glu_triton import glu_forward
 
     return glu_forward(gate, up, act)
 
 
-@torch.library.custom_op("baizhi::glu_backward", mutates_args=())
+@operator("baizhi::glu_backward")
 def _glu_backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: str
 ) -> tuple[torch.Tensor, torch.Tensor]:

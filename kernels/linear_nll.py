@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import on_triton, operator
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 27}  # logits of one matrix product: 33 MB, 0.3 GB in bf16
 BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 27}  # of these in fp32 at a time: in the cache, all
@@ -118,7 +118,7 @@ def _cast(x, weight, bias):
     return weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
 
 
-@torch.library.custom_op("baizhi::linear_nll", mutates_args=())
+@operator("baizhi::linear_nll")
 def _operator(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,7 +134,7 @@ def _(x, weight, bias, targets):
     return tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
 
 
-@torch.library.custom_op("baizhi::linear_nll_backward", mutates_args=())
+@operator("baizhi::linear_nll_backward")
 def _backward_operator(
     g_nll: torch.Tensor,
     g_lse: torch.Tensor,

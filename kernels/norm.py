@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import on_triton, operator
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None):
@@ -127,7 +127,7 @@ def _on_gpu(x, residual, weight, bias, eps):
     return _add_norm(x, residual, weight, bias, eps)[:2]
 
 
-@torch.library.custom_op("baizhi::norm", mutates_args=())
+@operator("baizhi::norm")
 def _norm(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,7 +137,7 @@ def _norm(
     return y, stats
 
 
-@torch.library.custom_op("baizhi::add_norm", mutates_args=())
+@operator("baizhi::add_norm")
 def _add_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -146,7 +146,7 @@ def _add_norm(
     return norm_forward(x, residual, weight, bias, eps)
 
 
-@torch.library.custom_op("baizhi::norm_backward", mutates_args=())
+@operator("baizhi::norm_backward")
 def _norm_backward(
     g: torch.Tensor, g_sum: torch.Tensor | None, h: torch.Tensor, weight: torch.Tensor, stats: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 
 import torch
 
-from kernels.dispatch import constant_in_graphs, on_triton
+from kernels.dispatch import constant_in_graphs, on_triton, operator
 
 # --- 1. the words of a file ---------------------------------------------------------------------------------
 
@@ -309,7 +309,7 @@ class PackedGPU(Packed):
         return _whole(self.words, self.scales, self.zeros, self.K, self.bits, self.group, dtype)
 
 
-@torch.library.custom_op("baizhi::quant_product", mutates_args=())
+@operator("baizhi::quant_product")
 def _product(
     x: torch.Tensor, words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int, group: int
 ) -> torch.Tensor:
@@ -325,7 +325,7 @@ def _(x, words, scales, zeros, bits, group):
     return x.new_empty(len(x), len(words))
 
 
-@torch.library.custom_op("baizhi::quant_whole", mutates_args=())
+@operator("baizhi::quant_whole")
 def _whole(
     words: torch.Tensor,
     scales: torch.Tensor,

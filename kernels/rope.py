@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from kernels.dispatch import on_triton
+from kernels.dispatch import on_triton, operator
 
 
 def rope_table(positions: torch.Tensor, inv_freq: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +79,7 @@ class _Rope(torch.autograd.Function):
 # --- on a GPU: the kernel of _rope_triton.py as an operator of torch ----------------------------------------
 
 
-@torch.library.custom_op("baizhi::rope", mutates_args=())
+@operator("baizhi::rope")
 def _on_gpu(
     q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.Tensor, back: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,8 @@ The kernels have their own tests; here it is what lies between them: dtypes, str
 operation of a model that should be a kernel is one. Weights are numbers of bf16, so that all three runs begin alike.
 """
 
+import contextlib
+
 import interp_shim
 import pytest
 import torch
@@ -87,6 +89,23 @@ def step(model, batch: dict, z_loss: float) -> dict[str, torch.Tensor]:
     (value / count).backward()
     tokens = dict(zip(("nll", "lse"), outputs[0] if z_loss else outputs))
     return tokens | {key: p.grad for key, p in model.named_parameters()}
+
+
+@pytest.fixture(autouse=True)
+def every_launch_is_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current GPU: count the launches inside of torch.cuda.device_of."""
+    begin, inside = interp_shim.launches, 0
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        nonlocal inside
+        before = interp_shim.launches
+        yield
+        inside += interp_shim.launches - before
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    yield
+    assert inside == interp_shim.launches - begin > 0
 
 
 CASES = pairwise(
