@@ -30,6 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels.dispatch import side_by_side
 from kernels.tables import launch
 
 LOG2E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x·LOG2E)
@@ -266,7 +267,7 @@ def _forward(
 def forward(q, k, v, lo, start, slopes):
     """Launch the forward pass: out (B, H, T, D), laid out as (B, T, H, D), and lse (B, H, T) in base 2."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = (side_by_side(x) for x in (q, k, v))
     o = q.new_empty(B, T, H, D)
     lse = q.new_empty(B, H, T, dtype=torch.float32)
     strides, unit = _strides(q, k, v)
@@ -419,7 +420,7 @@ def _backward_kv(
 def backward(do, q, k, v, o, lse, lo, start, slopes):
     """Launch the backward pass; returns dq, dk, dv, laid out tokens first."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    q, k, v, do = _rows(q), _rows(k), _rows(v), _rows(do)
+    q, k, v, do = (side_by_side(x) for x in (q, k, v, do))
     o = o.transpose(1, 2).contiguous()  # as forward made it, so this copies nothing
     delta, dq = torch.empty_like(lse), q.new_empty(B, T, H, D)
     dk, dv = k.new_empty(B, S, K, D), v.new_empty(B, S, K, D)
@@ -518,7 +519,8 @@ def _combine(part, lse, o, lengths, T, S, H, N, D: tl.constexpr, W: tl.constexpr
 def decode(q, k, v, lengths, slopes):
     """Launch decoding: q (B, H, T, D), T small, k and v (B, K, S, D), lengths (B,) read on the device."""
     (B, H, T, D), (K, S) = q.shape, k.shape[1:3]
-    q, k, v, lengths, G = _rows(q), _rows(k), _rows(v), lengths.contiguous(), H // K
+    q, k, v = (side_by_side(x) for x in (q, k, v))
+    lengths, G = lengths.contiguous(), H // K
     how = dict(launch("attention_decode", D, q.dtype))
     while (
         how["CHUNK"] * 64 < S
@@ -540,11 +542,6 @@ def decode(q, k, v, lengths, slopes):
 
 
 # --- 6. what the launches share -----------------------------------------------------------------------------
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """Let a row's numbers lie side by side; all other strides are taken as they are."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:

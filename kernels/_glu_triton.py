@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
+from kernels.dispatch import side_by_side
 
 
 @triton.jit
@@ -72,8 +73,7 @@ def _backward(
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """(..., F) -> (N, F) with neighbouring columns side by side; copies only what has no such view."""
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return side_by_side(x.reshape(-1, x.shape[-1]))
 
 
 def _launch(N: int, F: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict[str, int]]:

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
+from kernels.dispatch import side_by_side
 
 IGNORE = tl.constexpr(-100)
 
@@ -29,14 +30,20 @@ IGNORE = tl.constexpr(-100)
 
 
 @triton.jit
-def _place(N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
-    """Give this program's tile: GROUP row blocks share each part of W while it is in the L2 cache."""
+def _place(targets_ptr, N, V, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, GROUP: tl.constexpr):
+    """Give this program's tile, its rows n (BLOCK_N,), its words v (BLOCK_V,) and the rows' targets.
+
+    GROUP row blocks share each part of W while it is in the L2 cache.
+    """
     pid = tl.program_id(0).to(tl.int64)
     blocks_n, blocks_v = tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V)
     first = pid // (GROUP * blocks_v) * GROUP  # of this group's row blocks
     size = min(blocks_n - first, GROUP)  # the last group may be smaller
     within = pid % (GROUP * blocks_v)
-    return first + within % size, within // size
+    block_n, block_v = first + within % size, within // size
+    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+    v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
+    return block_n, block_v, n, v, tl.load(targets_ptr + n, n < N, IGNORE)
 
 
 @triton.jit
@@ -101,10 +108,7 @@ def _forward_kernel(
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block_n, block_v = _place(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
-    target = tl.load(targets_ptr + n, n < N, IGNORE)  # (BLOCK_N,)
+    block_n, block_v, n, v, target = _place(targets_ptr, N, V, BLOCK_N, BLOCK_V, GROUP)
     if tl.max(target, 0) == IGNORE:
         return
     z = _logits(x_ptr, w_ptr, b_ptr, n, v, N, V, C, x_row, w_row, BLOCK_C, EVEN_C, PRECISION)
@@ -179,10 +183,7 @@ def _gradient_kernel(
     EVEN_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block_n, block_v = _place(N, V, BLOCK_N, BLOCK_V, GROUP)
-    n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    v = block_v * BLOCK_V + tl.arange(0, BLOCK_V)  # (BLOCK_V,)
-    target = tl.load(targets_ptr + n, n < N, IGNORE)  # (BLOCK_N,)
+    block_n, block_v, n, v, target = _place(targets_ptr, N, V, BLOCK_N, BLOCK_V, GROUP)
     # d has room for whole blocks of words: with a mask of words the stores were 16 bits wide
     i, j = (
         tl.arange(0, BLOCK_N),
@@ -225,7 +226,7 @@ def forward(x, w, b, targets, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     At most about `pairs` pairs of a maximum and a sum are held at a time.
     """
-    x, w = _by_rows(x), _by_rows(w)
+    x, w = side_by_side(x), side_by_side(w)
     targets = targets.contiguous()
     (N, C), V = x.shape, len(w)
     how = _tiles("linear_nll", x, C)
@@ -257,7 +258,7 @@ def backward(
 
     At most about `elements` elements of the logits' gradient are held at a time.
     """
-    x, w = _by_rows(x), _by_rows(w)
+    x, w = side_by_side(x), side_by_side(w)
     targets, lse, g_nll, g_lse = (t.contiguous() for t in (targets, lse, g_nll, g_lse))
     (N, C), V = x.shape, len(w)
     how = _tiles("linear_nll_backward", x, C)
@@ -315,8 +316,3 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     if a.is_cpu:  # the interpreter's tensors: the product with out_dtype exists on GPUs alone
         return a.float() @ b.float()
     return torch.mm(a, b, out_dtype=torch.float32)
-
-
-def _by_rows(t: torch.Tensor) -> torch.Tensor:
-    """The kernels take any distance between rows, but want a row in one piece."""
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()

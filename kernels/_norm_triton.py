@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
-from kernels.dispatch import processors
+from kernels.dispatch import processors, side_by_side
 
 
 @triton.jit
@@ -205,10 +205,7 @@ def _backward(
 
 def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
     """(..., C) -> (N, C) with neighbouring columns side by side; copies only what has no such view."""
-    if x is None:
-        return None
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return None if x is None else side_by_side(x.reshape(-1, x.shape[-1]))
 
 
 def _blocks(op: str, C: int, dtype: torch.dtype) -> dict[str, int | bool]:

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
-from kernels.dispatch import processors
+from kernels.dispatch import processors, side_by_side
 
 MAGIC = tl.constexpr(0x4B000000)  # 2²³ as a float; its last bit counts 1
 
@@ -218,7 +218,7 @@ def _whole_kernel(
 
 def product(x, q, scales, zeros, bits: int, group: int) -> torch.Tensor:
     """Launch y = x Wᵀ for a few rows: x (M, K), q (N, W), scales and zeros (G, N) -> (M, N) in x's dtype."""
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = side_by_side(x)
     (M, K), (N, W) = x.shape, q.shape
     if M == 1:
         how = tables.launch("quant_vector", group, x.dtype)
