@@ -737,7 +737,7 @@ class GenerateConfig(Sampling):
     batch: int = 8  # texts of a file that are worked on together
     device: str = "auto"  # auto, cpu, cuda
     dtype: str = ""  # float32, bfloat16; default: the folder's
-    attention: Literal["auto", "triton", "sdpa"] = "auto"  # our kernel for 16 bits, PyTorch's; auto: by case
+    attention: Literal["auto", "triton", "sdpa"] = "auto"  # triton: ours, 16 bits, on a GPU; sdpa: PyTorch's
     compile: bool = False  # compile the decoding step: a wait of up to minutes, for faster tokens after it
 
 

@@ -104,7 +104,7 @@ class FitConfig(OptimConfig, ParallelConfig):
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the model folder; the training state is fp32
     log_every: int = 10  # steps between lines on the screen; metrics.jsonl has every step
     device: str = "auto"  # auto, cpu, cuda
-    attention: Literal["auto", "triton", "sdpa"] = "auto"  # our kernel for 16 bits, PyTorch's; auto: by case
+    attention: Literal["auto", "triton", "sdpa"] = "auto"  # triton: ours, 16 bits, on a GPU; sdpa: PyTorch's
     timeout: float = 1800  # seconds that a rank waits for the others before it gives up
     peak_tflops: float = 0.0  # of one device, for MFU (model FLOPs utilisation); 0: known, or measured
 
