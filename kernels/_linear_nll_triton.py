@@ -302,6 +302,7 @@ def backward(
         elif need_x:
             share = _product(dc, wc, torch.float32)  # (N, C) fp32: rounded once, after the last chunk
             dx = share if dx is None else dx.add_(share)
+            del share  # else the next one is made beside it
         if dw is not None:
             dw[part] = _product(dc.t(), x, w_dtype)
         if need_b:

@@ -49,9 +49,9 @@ def attention(
     builds a (T, S) mask.
 
     Where tensors take kernels at all (see kernels/dispatch.py), `use_attention` decides which:
-    auto     PyTorch's own (scaled_dot_product_attention) for plain causal attention on NVIDIA's sm_90 and
-             newer, where it has kernels that Triton's do not reach; Triton's for all else, since a mask takes
-             PyTorch's fast kernels away
+    auto     PyTorch's own (scaled_dot_product_attention) for plain causal attention: published figures of its
+             kernels are above those of any in Triton; Triton's for all else, since a mask takes PyTorch's
+             fast kernels away
     triton   Triton's always
     sdpa     the definition below always
     fp32 and heads of more than 128 numbers take the definition: the tensor cores would round fp32 to 10 bits.
@@ -239,9 +239,7 @@ def _takes_kernels(q, k, v, lo, start, slopes) -> bool:
     if q.dtype == torch.float32:
         return False
     plain = lo is None and start is None and slopes is None and q.shape[2] in (1, k.shape[2])
-    if _choice == "triton" or not plain or torch.version.hip:
-        return True
-    return torch.cuda.get_device_properties(q.device).major < 9
+    return _choice == "triton" or not plain
 
 
 def _like(x: torch.Tensor) -> torch.Tensor:
