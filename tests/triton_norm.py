@@ -41,7 +41,7 @@ def inputs(norm, shape, C, dtype, residual=False, wide=False, layout="plain", ro
 
 CASES = pairwise(
     norm=[rms_norm, layer_norm],
-    C=[3, 64, 65, 200],
+    C=[9, 64, 65, 200],
     shape=[(1,), (5,), (2, 3)],
     dtype=DTYPES,
     residual=[False, True],
