@@ -82,6 +82,10 @@ def textbook(q, k, v, lo=None, start=None, slopes=None):
     return scores.softmax(-1) * seen.any(-1, keepdim=True) @ v
 
 
+# One rounding of the largest number, and in fp32 that of exponents up to 2⁶: lse is rounded at their size, while the
+# formula subtracts the largest score first. Even so one of 400 combinations of ALL=1 fails: see `scale` below
+FLOOR = {torch.float32: 2.0**-17, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
 CASES = pairwise(
     size=[(1, 1), (1, 77), (2, 33), (17, 31), (32, 32), (33, 65), (40, 9), (65, 65)],
     place=["plain", "documents", "own key only", "window", "padding", "cache", "cache, window"],
@@ -111,7 +115,8 @@ def test_attention_equals_the_formula(case):
         return kernels.attention(q, k, v, **options)
 
     orders = (1, 2) if case["alibi"] else (1,)
-    check(attention, inputs, dtype, lambda q, k, v: textbook(q, k, v, **options), orders, ceiling=scale == 1)
+    twin = lambda q, k, v: textbook(q, k, v, **options)
+    check(attention, inputs, dtype, twin, orders, ceiling=scale == 1, floor=FLOOR[dtype])
 
 
 DECODING = pairwise(

@@ -109,12 +109,13 @@ def run(function, inputs: tuple, dtype=None) -> tuple[list[torch.Tensor], list[t
     return [t.detach() for t in out], list(torch.autograd.grad(sources, wanted, upstream))
 
 
-def check(kernel, inputs: tuple, dtype, twin=None, orders=(1, 2), zero=1.0, ceiling=True) -> None:
+def check(kernel, inputs: tuple, dtype, twin=None, orders=(1, 2), zero=1.0, ceiling=True, floor=1e-6) -> None:
     """Compare a function of kernels/ with its twin, forward and backward; inputs that require grad get one.
 
     twin: another function of the same inputs, if it is not the same one under KERNELS=torch. dtype: whose bounds hold.
     zero: where the truth is 0 everywhere, an error counts relative to this. ceiling: False where the truth is a small
-    difference of large numbers, so that the twin's error is the only measure.
+    difference of large numbers, so that the twin's error is the only measure. floor: an error that is allowed anyway,
+    relative to the largest number.
     """
     label = getattr(kernel, "__name__", str(kernel))
     runs, before = [], interp_shim.launches
@@ -134,7 +135,7 @@ def check(kernel, inputs: tuple, dtype, twin=None, orders=(1, 2), zero=1.0, ceil
             assert a.shape == b.shape and a.dtype == b.dtype, (
                 f"{what}: {a.dtype} {a.shape}, twin {b.dtype} {b.shape}"
             )
-            compare(a, b, t, dtype, bool(back), what, label, zero, ceiling)
+            compare(a, b, t, dtype, bool(back), what, label, zero, ceiling, floor)
 
 
 def compare(
