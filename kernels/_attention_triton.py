@@ -550,7 +550,7 @@ def _strides(*tensors: torch.Tensor) -> tuple[list[int], int]:
     Triton looks for multiples of 16 by itself. A head of 60 begins at a multiple of 4: a kernel that is told
     loads 4 numbers at once, and while it computes; another loads one by one, and waits.
     """
-    strides = [n for x in tensors for n in x.stride()[:3]]
+    strides = [n if size > 1 else 0 for x in tensors for n, size in zip(x.stride()[:3], x.shape)]
     unit = math.gcd(16, *strides) % 16 or 1
     return [n // unit for n in strides], unit
 

@@ -55,6 +55,7 @@ def attention(
     triton   Triton's always
     sdpa     the definition below always
     fp32 and heads of more than 128 numbers take the definition: the tensor cores would round fp32 to 10 bits.
+    ValueError: triton was chosen for these.
     """
     if _takes_kernels(q, k, v, lo, start, slopes):
         return _attention_op(q, k, v, lo, start, slopes)[0]
@@ -232,11 +233,17 @@ def attention_decode(
 
 
 def _takes_kernels(q, k, v, lo, start, slopes) -> bool:
-    if _choice == "sdpa" or q.shape[-1] > 128 or not on_triton(q, k, v):
+    D = q.shape[-1]
+    if _choice == "sdpa" or not on_triton(q, k, v):
         return False
-    if q.is_cpu:  # Triton's interpreter: tests, which want fp32, too
+    if q.is_cpu and D <= 128:  # Triton's interpreter: tests, which want fp32, too
         return True
-    if q.dtype == torch.float32:
+    if q.dtype == torch.float32 or D > 128:
+        if _choice == "triton":
+            what = f"{q.dtype}, heads of {D}".removeprefix("torch.")
+            raise ValueError(
+                f"attention triton takes 16 bits and heads of up to 128, not {what}: choose auto or sdpa"
+            )
         return False
     plain = lo is None and start is None and slopes is None and q.shape[2] in (1, k.shape[2])
     return _choice == "triton" or not plain

@@ -99,6 +99,7 @@ def processors(x: torch.Tensor) -> int:
     return 2 if interpreted() else 108  # a meta tensor, in tests/aot.py: as many as an A100 has
 
 
+@constant_in_graphs  # what it prints would end a graph
 @functools.cache
 def _chosen() -> bool:
     """Decide, and say so once, whether GPU tensors take the kernels."""

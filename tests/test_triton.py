@@ -8,7 +8,11 @@ import importlib.util
 
 import aot
 import pytest
+import torch
 from conftest import ROOT, run_script
+
+import kernels
+from kernels import dispatch
 
 FILES = [p for p in sorted((ROOT / "tests").glob("triton_*.py")) if p.name != "triton_cases.py"]
 no_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -76,3 +80,33 @@ def test_worse_numbers_than_committed_are_found():
     assert not aot.compare({"regs": 300, "spill": 0, "shared": 1000, "loop": 200}, None)
     for what, value in (("regs", 106), ("spill", 4), ("shared", 1051), ("loop", 211)):
         assert aot.compare({**old, what: value}, old)
+
+
+@no_triton
+def test_on_a_gpu_all_ops_are_one_graph(monkeypatch):
+    """Tensors without memory stand for a GPU's. What chooses the kernels and says so must not end the graph."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    def block(x, norm, w, lo, goals, angles):
+        y, h = kernels.rms_norm(x, norm, 1e-5, x)
+        q, k = kernels.rope_pair(*(y.unflatten(-1, (2, 16)).transpose(1, 2),) * 2, angles, angles)
+        y = kernels.attention(q, k, k, lo).transpose(1, 2).flatten(2)
+        y = kernels.layer_norm(kernels.glu(y, h), norm, norm, 1e-5)
+        return kernels.linear_nll(y.flatten(0, 1), w, None, goals)
+
+    monkeypatch.setenv("KERNELS", "auto")
+    dispatch._chosen.__wrapped__.cache_clear()
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph.code)
+        return graph
+
+    def empty(*size, dtype=torch.bfloat16):
+        return torch.empty(size, dtype=dtype, device="cuda")
+
+    with FakeTensorMode():
+        places = empty(1, 4, dtype=torch.int64), empty(4, dtype=torch.int64)
+        inputs = empty(1, 4, 32), empty(32), empty(40, 32), *places, empty(1, 1, 4, 16, dtype=torch.float32)
+        torch.compile(block, backend=backend, fullgraph=True)(*inputs)
+    assert len(graphs) == 1 and graphs[0].count("torch.ops.baizhi.") == 6

@@ -303,7 +303,7 @@ def test_use_attention_chooses(monkeypatch):
         ("auto", torch.bfloat16, (None, None, lo), 4, True),
         ("auto", torch.bfloat16, none, 9, True),  # neither square nor one query: needs a mask
         ("triton", torch.bfloat16, none, 4, True),
-        ("triton", torch.float32, none, 4, False),
+        ("auto", torch.float32, (lo, None, None), 4, False),
         ("sdpa", torch.bfloat16, (lo, None, None), 4, False),
     ]:
         monkeypatch.setattr(file, "_choice", choice)
@@ -312,3 +312,7 @@ def test_use_attention_chooses(monkeypatch):
             for n in (4, S, S)
         ]
         assert file._takes_kernels(*far, *places) == want, (choice, dtype, places, S)
+    monkeypatch.setattr(file, "_choice", "triton")
+    far[0].dtype = torch.float32
+    with pytest.raises(ValueError, match="not float32, heads of 16: choose auto or sdpa"):
+        file._takes_kernels(*far, *none)
