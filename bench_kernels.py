@@ -9,7 +9,7 @@ An op's roof is the time that its work would take at the speed of the machine: a
 matrix products or bytes at that of the memory, whichever takes longer (Williams et al. 2009, "Roofline"). The
 peaks are those of the card's data sheet where it is known here, else a large product and a large copy,
 measured in the same run. Bytes are those of inputs and outputs, each once; arithmetic is the least that is
-needed: what a kernel computes again does not count.
+needed: what a kernel computes again does not count. Forward and backward counts both passes so.
 
 All sides of an op take turns, between two runs the caches are overwritten, and each figure is a median.
 `differs` is the largest relative difference (L2) of an output or a gradient from plain torch in the same
@@ -18,10 +18,12 @@ dtype.
 
 from __future__ import annotations
 
-import json
+import importlib.util
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -34,16 +36,16 @@ import kernels as ours
 from kernels import dispatch, tables
 from model import PRESETS, ModelConfig
 
-DATA_SHEETS = {  # part of the device's name: 16-bit FLOP/s (dense), bytes/s; the first that fits
-    "A100-SXM4-80GB": (312e12, 2.039e12),
-    "A100 80GB PCIe": (312e12, 1.935e12),
-    "A100": (312e12, 1.555e12),
-    "H100 PCIe": (756e12, 2.0e12),
-    "H100": (989e12, 3.35e12),
-    "H200": (989e12, 4.8e12),
-    "A10": (125e12, 0.6e12),
-    "RTX 4090": (165e12, 1.008e12),
-    "MI300X": (1307e12, 5.3e12),
+DATA_SHEETS = {  # 16-bit FLOP/s (dense) and bytes/s of cards, by their whole names
+    "NVIDIA A100-SXM4-80GB": (312e12, 2.039e12),
+    "NVIDIA A100-SXM4-40GB": (312e12, 1.555e12),
+    "NVIDIA A100 80GB PCIe": (312e12, 1.935e12),
+    "NVIDIA H100 80GB HBM3": (989e12, 3.35e12),
+    "NVIDIA H100 PCIe": (756e12, 2.0e12),
+    "NVIDIA H200": (989e12, 4.8e12),
+    "NVIDIA A10": (125e12, 0.6e12),
+    "NVIDIA GeForce RTX 4090": (165e12, 1.008e12),
+    "AMD Instinct MI300X": (1307e12, 5.3e12),
 }
 OPS = Literal["attention", "decode", "norm", "rope", "glu", "linear_nll", "quant"]
 
@@ -54,7 +56,7 @@ class KernelsBench:
     ops: tuple[OPS, ...] = ("attention", "decode", "norm", "rope", "glu", "linear_nll", "quant")  # which
     tokens: int = 0  # of one row, and of the cache when decoding; default: 8192 on a GPU, 512 on a CPU
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of activations and weights
-    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto: a GPU if there is one
+    device: str = "auto"  # auto, cpu, cuda
     rounds: int = 10  # runs of each side
     compile: bool = True  # with torch.compile of plain torch
     tune: str = ""  # write launches that are faster than the table's to this file, for KERNEL_TABLE
@@ -79,27 +81,34 @@ class Op(NamedTuple):
 
 def kernels(config: KernelsBench) -> None:
     """Time every op of kernels/ beside plain torch, torch.compile and PyTorch's own kernels."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    name = config.preset or ("xverse-13b" if device == "cuda" else "phi2-chinese-0.2b")
+    device = common.start_process(config.device).device
+    gpu = device != "cpu"
+    name = config.preset or ("xverse-13b" if gpu else "phi2-chinese-0.2b")
     if name not in PRESETS:
         raise ValueError(f"--preset {name}: expected one of {', '.join(PRESETS)}")
-    if config.tune and device == "cpu" and not dispatch.interpreted():
-        raise ValueError("--tune needs a GPU: on a CPU no kernel is launched")
-    dtype, tokens = getattr(torch, config.dtype), config.tokens or (8192 if device == "cuda" else 512)
+    if config.rounds < 1:
+        raise ValueError(f"--rounds {config.rounds} must be at least 1")
+    if config.tune and (why := dispatch.obstacle(device)):
+        raise ValueError(f"--tune: no Triton kernel can run here ({why})")
+    dtype, tokens = getattr(torch, config.dtype), config.tokens or (8192 if gpu else 512)
     torch.manual_seed(1)
-    with torch.device(device):
-        clock = Clock(device)
-        machine = ceilings(clock, dtype)
-        print(f"kernels: {name}, {tokens} tokens, {config.dtype}, {device_name(device)}; {machine.text}")
-        print(
-            f"{'':34s}{'time':>12s}{'TFLOP/s':>10s}{'GB/s':>8s}{'of roof':>9s}{'x plain':>9s}{'differs':>10s}"
-        )
-        for kind in config.ops:
-            for op in MAKERS[kind](PRESETS[name], tokens, dtype):
-                if config.tune:
-                    tune(op, clock, config)
-                else:
-                    measure(op, clock, machine, config)
+    made = (op for kind in config.ops for op in MAKERS[kind](PRESETS[name], tokens, dtype))
+    clock = Clock(device)
+    if config.tune:
+        path = Path(config.tune)
+        table = common.read_json(path) if path.exists() else {}
+        with torch.device(device):
+            ops = list(made)
+        return tune(ops, clock, config.rounds, path, table)
+    machine = ceilings(clock, dtype)
+    print(f"kernels: {name}, {tokens} tokens, {config.dtype}, {device_name(device)}; {machine.text}")
+    print(f"{'':34s}{'time':>12s}{'TFLOP/s':>10s}{'GB/s':>8s}{'of roof':>9s}{'x plain':>9s}{'differs':>10s}")
+    while True:
+        with torch.device(device):  # one op at a time: they are large
+            op = next(made, None)
+        if op is None:
+            return None
+        measure(op, clock, machine, config)
 
 
 # --- 1. the clock and the machine ---------------------------------------------------------------------------
@@ -120,16 +129,12 @@ class Clock:
             call()
             return time.perf_counter() - start
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()  # while the GPU still overwrites its cache: the launch itself is not seen
+        torch.cuda._sleep(1 << 23)  # cycles, about 5 ms: all is launched by then, and launching is not seen
+        start.record()
         call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
-
-    def median(self, call: Callable, rounds: int) -> float:
-        """Run it once to warm up, then some rounds."""
-        call()
-        return statistics.median(self(call) for _ in range(rounds))
 
 
 class Machine(NamedTuple):
@@ -146,23 +151,25 @@ class Machine(NamedTuple):
 
 def ceilings(clock: Clock, dtype: torch.dtype) -> Machine:
     """Measure a large product and a large copy, and look for the card's data sheet."""
-    size = 8192 if clock.device == "cuda" else 2048
-    a = torch.randn(size, size, dtype=dtype)
-    flops = 2 * size**3 / clock.median(lambda: a @ a, 5)
-    source = torch.ones(1 << (30 if clock.device == "cuda" else 28), dtype=torch.uint8)
+    gpu = clock.device != "cpu"
+    size = 8192 if gpu else 2048
+    a = torch.randn(size, size, device=clock.device).to(dtype)
+    source = torch.ones(1 << (30 if gpu else 28), dtype=torch.uint8, device=clock.device)
     target = torch.empty_like(source)
-    moved = 2 * len(source) / clock.median(lambda: target.copy_(source), 5)
+    flops = 2 * size**3 / min(clock(lambda: a @ a) for _ in range(6))
+    moved = 2 * len(source) / min(clock(lambda: target.copy_(source)) for _ in range(6))
     text = f"a large product {flops / 1e12:.3g} TFLOP/s, a large copy {moved / 1e9:.0f} GB/s"
-    name = device_name(clock.device)
-    sheet = next((peaks for part, peaks in DATA_SHEETS.items() if part in name), None)
-    if clock.device == "cpu" or not sheet or dtype == torch.float32:
+    sheet = DATA_SHEETS.get(device_name(clock.device))
+    if not sheet or dtype == torch.float32:
         return Machine(flops, moved, text)
     return Machine(*sheet, f"{text} (data sheet: {sheet[0] / 1e12:.0f}, {sheet[1] / 1e9:.0f})")
 
 
 def device_name(device: str) -> str:
     """Name the GPU, or the number of threads."""
-    return torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        f"CPU, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(device)
+    )
 
 
 # --- 2. measuring an op -------------------------------------------------------------------------------------
@@ -186,27 +193,46 @@ def measure(op: Op, clock: Clock, machine: Machine, config: KernelsBench) -> Non
             try:
                 outputs[name] = call()
                 calls[name] = call
-            except (RuntimeError, NotImplementedError) as error:  # out of memory, say; the others go on
-                failed[name] = str(error).strip().splitlines()[0][:80]
+            except failures() as error:  # out of memory, say; the others go on
+                failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:90]
         differs = {name: difference(out, outputs.get("plain torch")) for name, out in outputs.items()}
         outputs.clear()
-        seconds: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(config.rounds):
-            for name, call in calls.items():
-                seconds[name].append(clock(call))
+        seconds = alternate(clock, calls, config.rounds)
         for name in functions:
             if name in failed:
                 print(f"  {name:32s}  failed: {failed[name]}")
                 continue
             spent = statistics.median(seconds[name])
-            plain = seconds.get("plain torch")
-            ratio = statistics.median(p / s for p, s in zip(plain, seconds[name])) if plain else float("nan")
+            ratio = faster(seconds, "plain torch", name) if "plain torch" in calls else math.nan
             print(
                 f"  {name:32s}{1e3 * spent:9.3f} ms{work.flops / spent / 1e12:10.3f}"
                 f"{work.bytes / spent / 1e9:8.1f}{100 * machine.roof(work) / spent:7.1f} %{ratio:9.2f}"
                 f"{differs[name]:10.1e}",
                 flush=True,
             )
+
+
+def alternate(clock: Clock, calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Let all calls take turns; return the seconds of each, round by round."""
+    seconds = defaultdict(list)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            seconds[name].append(clock(call))
+    return seconds
+
+
+def faster(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
+    """How many times as fast one is as another: the median over the rounds."""
+    return statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast]))
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """List the errors with which a launch fails: it does not compile, or takes what the GPU has not."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    from triton.errors import TritonError
+
+    return RuntimeError, TritonError
 
 
 def forward_only(function: Callable, inputs: tuple) -> Callable[[], list[torch.Tensor]]:
@@ -220,7 +246,7 @@ def forward_only(function: Callable, inputs: tuple) -> Callable[[], list[torch.T
 
 
 def forward_backward(function: Callable, inputs: tuple) -> Callable[[], list[torch.Tensor]]:
-    """Make a function that computes the outputs, and the gradients of the floating inputs for random ones."""
+    """Make a function that computes the outputs, and the gradients of the inputs that ask for them."""
     leaves = [t.detach().requires_grad_(t.requires_grad) if torch.is_tensor(t) else t for t in inputs]
     sources = [t for t in leaves if torch.is_tensor(t) and t.requires_grad]
     upstream: list[torch.Tensor] = []
@@ -242,12 +268,12 @@ def tensors(out) -> list[torch.Tensor]:
     return list(out) if isinstance(out, tuple) else [out]
 
 
-def difference(got: list, plain: list | None) -> float:
-    """Give the largest relative L2 difference of two lists of tensors; nan: there is nothing to compare."""
-    pairs = [(a.float(), b.float()) for a, b in zip(got, plain or [])]
-    return max(
-        ((a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs), default=torch.tensor(torch.nan)
-    ).item()
+def difference(got: list[torch.Tensor], plain: list[torch.Tensor] | None) -> float:
+    """Give the largest relative L2 difference of two lists of tensors; nan: one has a nan, plain is None."""
+    if plain is None:
+        return math.nan
+    found = [(a.float() - b.float()).norm() / b.float().norm() for a, b in zip(got, plain, strict=True)]
+    return torch.stack(found).max().item()  # Python's max would lose a nan
 
 
 # --- 3. the ops ---------------------------------------------------------------------------------------------
@@ -262,10 +288,11 @@ def attention(shape: ModelConfig, T: int, dtype: torch.dtype) -> Iterator[Op]:
     longest = -(-T // 8)
 
     key = torch.arange(T)
-    hidden = {False: key > key[:, None], True: (key > key[:, None]) | (key < starts[:, None])}  # (T, T)
+    visible = {False: key <= key[:, None], True: (key <= key[:, None]) & (key >= starts[:, None])}  # (T, T)
+    kernel = not dispatch.obstacle(str(q.device)) and q.dtype != torch.float32 and D <= 128
 
-    def triton(q, k, v, lo):
-        ours.use_attention("triton")
+    def mine(q, k, v, lo):
+        ours.use_attention("triton" if kernel else "auto")
         try:
             return ours.attention(q, k, v, lo)
         finally:
@@ -273,13 +300,13 @@ def attention(shape: ModelConfig, T: int, dtype: torch.dtype) -> Iterator[Op]:
 
     def plain(q, k, v, lo):
         scores = q.unflatten(1, (K, -1)) @ k[:, :, None].mT * D**-0.5  # (1, K, G, T, T)
-        scores = scores.masked_fill(hidden[lo is not None], float("-inf"))
+        scores = scores.masked_fill(~visible[lo is not None], float("-inf"))
         return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
 
     def sdpa(q, k, v, lo):
         if lo is None:
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
-        return F.scaled_dot_product_attention(q, k, v, ~hidden[True], enable_gqa=H != K)
+        return F.scaled_dot_product_attention(q, k, v, visible[True], enable_gqa=H != K)
 
     def varlen(q, k, v, lo):
         from torch.nn.attention.varlen import varlen_attn
@@ -294,10 +321,10 @@ def attention(shape: ModelConfig, T: int, dtype: torch.dtype) -> Iterator[Op]:
         ("attention, eight documents", starts[None], float((torch.arange(T) - starts + 1).sum())),
     ):
         flops, moved = 4 * H * D * pairs, 2 * T * (H + K) * D * element
-        sides = {"ours": triton, "plain torch": plain, "sdpa": sdpa}
+        sides = {"ours": mine, "plain torch": plain, "sdpa": sdpa}
         if lo is not None and q.is_cuda:
             sides["varlen_attn"] = varlen
-        yield Op(name, (q, k, v, lo), sides, Work(flops, moved), Work(3.5 * flops, 3.5 * moved))
+        yield Op(name, (q, k, v, lo), sides, Work(flops, moved), Work(3.5 * flops, 3 * moved))
 
 
 def decode(shape: ModelConfig, S: int, dtype: torch.dtype) -> Iterator[Op]:
@@ -345,20 +372,23 @@ def norm(shape: ModelConfig, N: int, dtype: torch.dtype) -> Iterator[Op]:
 
 
 def rope(shape: ModelConfig, T: int, dtype: torch.dtype) -> Iterator[Op]:
-    """Queries and keys of one row of T tokens, stacked; for BLOOM, which has no RoPE, whole heads."""
-    heads, D = shape.num_attention_heads + shape.num_key_value_heads, shape.head_dim
+    """Queries and keys of one row of T tokens; for BLOOM, which has no RoPE, whole heads."""
+    H, K, D = shape.num_attention_heads, shape.num_key_value_heads, shape.head_dim
     R = shape.rotary_dim or D
-    x = torch.randn(1, T, heads, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    q, k = (wanted(1, T, heads, D, dtype=dtype).transpose(1, 2) for heads in (H, K))
     frequencies = 1e4 ** (-torch.arange(0, R, 2) / R)  # (R/2,)
     table = ours.rope_table(torch.arange(T)[None], frequencies)
 
-    def plain(x, cos, sin):
+    def turned(x, cos, sin):
         part = x[..., :R].float()
         return torch.cat(((part * cos + part.roll(R // 2, -1) * sin).to(x.dtype), x[..., R:]), -1)
 
-    once = x.numel() * x.element_size()
-    sides = {"ours": ours.rope, "plain torch": plain}
-    yield Op(f"rope, {R} of {D}", (x, *table), sides, Work(0, 2 * once), Work(0, 4 * once))
+    def plain(q, k, cos, sin):
+        return turned(q, cos, sin), turned(k, cos, sin)
+
+    once = T * (H + K) * D * q.element_size() * 2 + 4 * T * R  # every angle once
+    sides = {"ours": ours.rope_pair, "plain torch": plain}
+    yield Op(f"rope, {R} of {D}", (q, k, *table), sides, Work(0, once), Work(0, 2 * once))
 
 
 def glu(shape: ModelConfig, N: int, dtype: torch.dtype) -> Iterator[Op]:
@@ -391,7 +421,7 @@ def linear_nll(shape: ModelConfig, N: int, dtype: torch.dtype) -> Iterator[Op]:
 
 
 def quant(shape: ModelConfig, _: int, dtype: torch.dtype) -> Iterator[Op]:
-    """The MLP's first matrix in 8 and in 4 bits, for one row and for 16."""
+    """The MLP's first matrix in 8 and in 4 bits, for 1, 16 and 64 rows."""
     N, K = shape.intermediate_size, shape.hidden_size
     for bits, group in ((8, K), (4, 128 if K % 128 == 0 else 32)):
         q = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8)
@@ -403,7 +433,7 @@ def quant(shape: ModelConfig, _: int, dtype: torch.dtype) -> Iterator[Op]:
             return (centred * scales[..., None].to(dtype)).view(N, K)
 
         weight = whole()
-        for M in (1, 16):
+        for M in (1, 16, 64):
             matrix = ours.packed(q, zeros, scales, bits, dtype, M)
             if matrix is None:
                 print(f"product, {bits} bits: this machine has none")
@@ -438,56 +468,87 @@ MAKERS: dict[str, Callable[[ModelConfig, int, torch.dtype], Iterator[Op]]] = {
 
 # --- 4. the tuner -------------------------------------------------------------------------------------------
 
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "whole": (0, 1)}  # of the others: 2 to 2^16
+LIMITS = {"num_warps": (1, 16), "num_stages": (1, 5), "whole": (0, 1), "PROGRAMS": (1, 64)}
+LEAST = {"BM": 16, "BN": 16, "BLOCK_N": 2, "BLOCK_V": 16, "BLOCK_C": 16, "BLOCK_W": 32, "CHUNK": 64}
+GAIN = 1.02  # by how much a launch has to be faster
 
 
-def tune(op: Op, clock: Clock, config: KernelsBench) -> None:
-    """Search launches for an op that are faster than the table's, and add them to the file.
+class Trial(NamedTuple):
+    """A call whose launches are tuned, and what it gave with the launches of the table."""
+
+    name: str
+    call: Callable[[], list[torch.Tensor]]
+    right: list[torch.Tensor]
+
+
+def tune(ops: Sequence[Op], clock: Clock, rounds: int, path: Path, table: dict) -> None:
+    """Search launches that are faster than the table's, and add them to a file.
 
     One number of one launch is changed at a time, halved or doubled (stages: one more or less), for as long
-    as that gains 2 %. A launch that does not compile, does not fit or gives other results is passed over.
+    as that gains 2 % of the time of the ops that use it, measured in turns, twice. A launch that does not
+    compile, does not fit or gives other results is passed over.
     """
-    call = (forward_backward if op.both else forward_only)(op.sides["ours"], op.inputs)
-    tables.forget()
-    right = call()  # and notes what is launched
-    best = clock.median(call, config.rounds)
-    first = best
-    for (kind, arch, key), start in list(tables.found.items()):
-        current, tried = dict(start), {tuple(start.values())}
+    users: dict[tuple[str, str, str], list[Trial]] = defaultdict(list)
+    starts = {}
+    for op in ops:
+        call = (forward_backward if op.both else forward_only)(op.sides["ours"], op.inputs)
+        tables.forget()
+        trial = Trial(op.name, call, call())
+        for key, launch in tables.found.items():
+            users[key].append(trial)
+            starts[key] = launch
+    for key, trials in users.items():
+        start = best = starts[key]
+        tried = [start]
         while True:
-            candidates = [c for c in neighbours(current) if tuple(c.values()) not in tried]
-            times = {}
-            for i, candidate in enumerate(candidates):
-                tried.add(tuple(candidate.values()))
-                tables.override(kind, arch, key, candidate)
-                try:
-                    if difference(call(), right) < 0.01:
-                        times[i] = clock.median(call, config.rounds)
-                except (RuntimeError, AssertionError, ValueError):
-                    continue
-            fastest = min(times, key=times.get, default=None)
-            if fastest is None or times[fastest] > 0.98 * best:
+            gains = []
+            for launch in neighbours(best):
+                if launch not in tried:
+                    tried.append(launch)
+                    gains.append((gain(key, trials, best, launch, clock, rounds), launch))
+            first, launch = max(gains, key=lambda g: g[0], default=(0.0, best))
+            if first < GAIN or gain(key, trials, best, launch, clock, 2 * rounds) < GAIN:
                 break
-            current, best = candidates[fastest], times[fastest]
-        tables.override(kind, arch, key, current)
-        if current != start:
-            add_launch(Path(config.tune), kind, arch, key, current)
-            print(f"  {kind} {arch} {key}: {start} -> {current}", flush=True)
-    print(f"{op.name}: {1e3 * first:.3f} -> {1e3 * best:.3f} ms", flush=True)
+            best = launch
+        total = 1.0 if best == start else gain(key, trials, start, best, clock, 2 * rounds)
+        if total < GAIN:
+            best = start
+        tables.override(*key, best)
+        names = ", ".join(trial.name for trial in trials)
+        print(f"{' '.join(key)}: {start} -> {best}, {total:.2f} x ({names})", flush=True)
+        if best != start:
+            op, arch, what = key
+            table.setdefault(op, {}).setdefault(arch, {})[what] = best
+            common.write_json(path, table)
+
+
+def gain(key: tuple, trials: Sequence[Trial], old: dict, new: dict, clock: Clock, rounds: int) -> float:
+    """How many times as fast a launch makes the calls that use it as another does; 0: it cannot be used."""
+
+    def with_launch(launch: dict, call: Callable) -> Callable:
+        def run():
+            tables.override(*key, launch)
+            return call()
+
+        return run
+
+    ratios = []
+    for trial in trials:
+        calls = {"old": with_launch(old, trial.call), "new": with_launch(new, trial.call)}
+        try:
+            if not difference(calls["new"](), trial.right) < 0.01:  # a nan is no small difference
+                return 0.0
+        except failures() + (AssertionError, ValueError):
+            return 0.0
+        ratios.append(faster(alternate(clock, calls, rounds), "old", "new"))
+    return statistics.geometric_mean(ratios)
 
 
 def neighbours(launch: dict[str, int]) -> list[dict[str, int]]:
     """Change one number of a launch in every way that is worth a try."""
     found = []
     for name, value in launch.items():
-        low, high = LIMITS.get(name, (2, 1 << 16))
+        low, high = LIMITS.get(name, (LEAST.get(name, 1), 1 << 16))
         steps = (value - 1, value + 1) if name in ("num_stages", "whole") else (value // 2, value * 2)
         found += [{**launch, name: new} for new in steps if low <= new <= high]
     return found
-
-
-def add_launch(path: Path, op: str, arch: str, key: str, launch: dict[str, int]) -> None:
-    """Add one launch to a file for KERNEL_TABLE; what else it says stays."""
-    table = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    table.setdefault(op, {}).setdefault(arch, {})[key] = launch
-    common.write_json(path, table)

@@ -255,3 +255,30 @@ def test_the_command_prints_a_short_report(tmp_path):
 def test_what_cannot_be_planned_is_refused(settings, word):
     with pytest.raises(ValueError, match=word):
         plan.main(plan.PlanConfig(**settings))
+
+
+def test_the_simulated_head_takes_what_the_launcher_takes(monkeypatch):
+    """The launcher of the head's backward pass on tensors without memory; kernels are not launched."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    import kernels
+    from kernels import _linear_nll_triton, tables
+
+    monkeypatch.setattr(JITFunction, "run", lambda *args, **options: None)
+    monkeypatch.setattr(tables, "_arch", lambda: "sm_80")
+    N, C, V, elements = 512, 64, 5000, 512 * 1280
+    monkeypatch.setitem(plan.CHUNK_ELEMENTS, "cuda", elements)
+    for dtype in (torch.bfloat16, torch.float32):
+        x, weight = torch.empty(N, C, dtype=dtype, device="meta"), torch.empty(V, C, device="meta")
+        rows, goals = torch.empty(N, device="meta"), torch.empty(N, dtype=torch.int64, device="meta")
+        with plan.Meter() as real:
+            w = weight.to(dtype)
+            _linear_nll_triton.backward(
+                rows, rows, x, w, None, goals, rows, True, torch.float32, False, elements
+            )
+            del w
+        with plan._as_on_a_gpu(), plan.Meter() as simulated:
+            nll, _ = kernels.linear_nll(x.requires_grad_(), weight.requires_grad_(), None, goals)
+            nll.sum().backward()
+        assert simulated.peak == pytest.approx(real.peak, rel=0.02), dtype
