@@ -1344,7 +1344,7 @@ def take_turns(config: TuneBench, scratch: str) -> tuple[dict[str, dict], dict[s
     first = {"trl": trainer.state.log_history[0], "ours": ours.first}
     bounds = {"loss": 0.002, "grad_norm": 0.01}
     if config.task == "dpo":  # bf16 leaves tenths of a nat of a log-probability open: much of a difference
-        bounds = {"loss": 0.02, "grad_norm": 0.03, "logps/chosen": 0.001}
+        bounds = {"loss": 0.04, "grad_norm": 0.04, "logps/chosen": 0.001}
     for name, bound in bounds.items():
         pair = [first[side].get(name, 0.0) for side in first]
         if not math.isclose(*pair, rel_tol=bound):
