@@ -89,7 +89,7 @@ def _turn(
 ):
     token, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     b, t = token // T, token % T
-    # every angle stands twice in the tables: cos, cos and -sin, sin; the second half is enough
+    # every angle stands twice in the tables: cos, cos and -sin, sin; the second half's sines have no sign
     i = tl.arange(0, WIDTH)  # [WIDTH]
     angle = b * angle_b + t * angle_t + HALF + i  # [WIDTH]
     c = tl.load(cos + angle, mask=i < HALF, other=0.0)[None, :].to(tl.float32)  # [1, WIDTH]
@@ -126,9 +126,8 @@ def rope(q: torch.Tensor, k: torch.Tensor | None, cos: torch.Tensor, sin: torch.
     made = dict(tables.launch("rope", D, q.dtype))
     HEADS = made["HEADS"] = min(made["HEADS"], triton.next_power_of_2(max(H, K)))
     WIDTH = triton.next_power_of_2(max(1, R // 2))
-    made["num_warps"] = min(
-        made["num_warps"], max(1, HEADS * WIDTH // 256)
-    )  # a thread loads 16 bytes, if it can
+    # 32 lanes of 8 numbers, 16 bytes each: more warps would load less at once
+    made["num_warps"] = min(made["num_warps"], max(1, HEADS * WIDTH // 256))
     none = (0, 0, 0, 0)
     _turn[(B * T, triton.cdiv(H, HEADS) + triton.cdiv(K, HEADS))](
         q,

@@ -83,7 +83,7 @@ def attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     distance = (position[..., None] - key)[:, None].to(wide)
     bias = (-slopes.to(wide)[:, None, None] * distance).masked_fill(~visible, float("-inf"))
-    if not q.is_cpu or torch.is_grad_enabled():  # elsewhere the bias must have the dtype of q
+    if not q.is_cpu or torch.is_grad_enabled():  # there a bias must have the dtype of q
         q, k, v, dtype = q.to(wide), k.to(wide), v.to(wide), q.dtype
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != K).to(dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=H != K)

@@ -18,7 +18,7 @@ from kernels.dispatch import interpreted
 
 
 def _tile(n: int, v: int, c: int, group: int, warps: int = 4, stages: int = 2) -> dict[str, int]:
-    """Blocks of a tile of logits (rows, words, width), the row blocks that share words, warps, stages."""
+    """Blocks of a tile of logits (rows, vocabulary, width), row blocks that share W, warps, stages."""
     names = "BLOCK_N", "BLOCK_V", "BLOCK_C", "GROUP", "num_warps", "num_stages"
     return dict(zip(names, (n, v, c, group, warps, stages)))
 
@@ -140,19 +140,19 @@ def _find(op: str, dim: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
         for arch in (gpu, "*"):
             for key in (f"{dim} {kind}", f"{dim} *", f"* {kind}", "*"):
                 if key in by_arch.get(arch, {}):
-                    found[op, gpu, f"{dim} {kind}"] = by_arch[arch][key]
+                    asked[op, gpu, f"{dim} {kind}"] = by_arch[arch][key]
                     return by_arch[arch][key]
     raise KeyError(f"kernels/tables.py has no launch of {op} for {gpu}, {dim}, {kind}")
 
 
-found: dict[
+asked: dict[
     tuple[str, str, str], dict[str, int]
 ] = {}  # what was asked for: (op, arch, "dim dtype") -> launch
 
 
 def forget() -> None:
-    """Empty `found`, and search again for what was found before."""
-    found.clear()
+    """Empty `asked`, and search again for what was found before."""
+    asked.clear()
     _find.cache_clear()
 
 

@@ -5,6 +5,8 @@ what they accept. By hand: TRITON_INTERPRET=1 python -m pytest tests/triton_norm
 """
 
 import importlib.util
+import json
+import re
 
 import aot
 import pytest
@@ -33,6 +35,18 @@ def test_a_machine_without_triton_runs_the_twins():
     code += "print([m for m in sys.modules if m.endswith('_triton') and m.startswith('kernels')])"
     done = run_script("-c", code, KERNELS="auto")
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_table_of_kernels_readme_is_that_of_aot_json(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "kernels" / "README.md").read_text("utf-8")
+    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], {})
+    table = re.search(r"\| kernel \| sm_80 .*?\n\|[-|]*\n(.*?\n)\n", text, re.DOTALL)[1]
+    assert capsys.readouterr().out == table
+    rows = json.loads((ROOT / "kernels" / "aot.json").read_text("utf-8"))
+    assert f"{len(rows)} kernels of launches, {sum(map(len, rows.values()))} compilations" in " ".join(
+        text.split()
+    )
 
 
 TTIR = """
