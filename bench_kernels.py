@@ -19,8 +19,10 @@ Attention of one document runs on our kernel here, while models leave it to PyTo
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
+import operator
 import statistics
 import time
 from collections import defaultdict
@@ -199,33 +201,35 @@ def measure(op: Op, clock: Clock, machine: Machine, config: KernelsBench) -> Non
                 failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())}"[:90]
         differs = {name: difference(out, outputs.get("plain torch")) for name, out in outputs.items()}
         outputs.clear()
-        seconds = alternate(clock, calls, config.rounds)
+        seconds = alternate(config.rounds, **{n: functools.partial(clock, c) for n, c in calls.items()})
         for name in functions:
             if name in failed:
                 print(f"  {name:32s}  failed: {failed[name]}")
                 continue
             spent = statistics.median(seconds[name])
-            ratio = faster(seconds, "plain torch", name) if "plain torch" in calls else math.nan
+            times = ratio(seconds, name, "plain torch") if "plain torch" in calls else math.nan
             print(
                 f"  {name:32s}{1e3 * spent:9.3f} ms{work.flops / spent / 1e12:10.3f}"
-                f"{work.bytes / spent / 1e9:8.1f}{100 * machine.roof(work) / spent:7.1f} %{ratio:9.2f}"
+                f"{work.bytes / spent / 1e9:8.1f}{100 * machine.roof(work) / spent:7.1f} %{times:9.2f}"
                 f"{differs[name]:10.1e}",
                 flush=True,
             )
 
 
-def alternate(clock: Clock, calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
-    """Let all calls take turns; return the seconds of each, round by round."""
+def alternate(rounds: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
+    """Let every side run once per round, in turn; return the seconds that each reports, round by round."""
     seconds = defaultdict(list)
+    for side in sides.values():  # warm-up
+        side()
     for _ in range(rounds):
-        for name, call in calls.items():
-            seconds[name].append(clock(call))
+        for name, side in sides.items():
+            seconds[name].append(side())
     return seconds
 
 
-def faster(seconds: dict[str, list[float]], slow: str, fast: str) -> float:
-    """How many times as fast one is as another: the median over the rounds."""
-    return statistics.median(s / f for s, f in zip(seconds[slow], seconds[fast]))
+def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> float:
+    """How many times as fast as the peer a side is: the median over the rounds."""
+    return statistics.median(map(operator.truediv, seconds[peer], seconds[name]))
 
 
 def failures() -> tuple[type[Exception], ...]:
@@ -536,13 +540,14 @@ def gain(key: tuple, trials: Sequence[Trial], old: dict, new: dict, clock: Clock
 
     ratios = []
     for trial in trials:
-        calls = {"old": with_launch(old, trial.call), "new": with_launch(new, trial.call)}
+        before, after = with_launch(old, trial.call), with_launch(new, trial.call)
         try:
-            if not difference(calls["new"](), trial.right) < 0.01:  # a nan is no small difference
+            if not difference(after(), trial.right) < 0.01:  # a nan is no small difference
                 return 0.0
         except failures() + (AssertionError, ValueError):
             return 0.0
-        ratios.append(faster(alternate(clock, calls, rounds), "old", "new"))
+        sides = {"old": functools.partial(clock, before), "new": functools.partial(clock, after)}
+        ratios.append(ratio(alternate(rounds, **sides), "new", "old"))
     return statistics.geometric_mean(ratios)
 
 

@@ -28,7 +28,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import weakref
@@ -189,11 +188,17 @@ def loss_bytes(config: ModelConfig, tokens: int, item: int) -> int:
     the weight, before they are added. At the end x's gradient is cast.
     """
     V, C, N = config.vocab_size, config.hidden_size, tokens
-    chunk = -(-V // -(-V // max(1, CHUNK_ELEMENTS["cuda"] // N)))  # columns
+    chunk = head_chunk(V, N)
     several = chunk < V
     cast = item * V * C if item == 2 else 0
     work = item * N * chunk + 4 * chunk * C + (8 * N * C if several else item * N * C)
     return cast + 4 * V * C + item * N * C + work
+
+
+def head_chunk(V: int, N: int) -> int:
+    """Give the words of V whose logits of N tokens are worked at once: equal parts of at most a chunk."""
+    parts = math.ceil(V / max(1, CHUNK_ELEMENTS["cuda"] // N))
+    return math.ceil(V / parts)
 
 
 def shares(job: Job) -> Memory:
@@ -508,8 +513,8 @@ def _as_on_a_gpu():
     """Let models keep and take what they do with the kernels of kernels/; numbers have no meaning here."""
     mine = {
         "attention": _flash_attention,
-        "rms_norm": functools.partial(_fused_norm, statistics=1),
-        "layer_norm": functools.partial(_fused_norm, statistics=2),
+        "rms_norm": lambda x, weight, eps, residual=None: _fused_norm(x, weight, None, residual),
+        "layer_norm": lambda x, weight, bias, eps, residual=None: _fused_norm(x, weight, bias, residual),
         "glu": _FusedGLU.apply,
         "linear_nll": _HeadLoss.apply,
     }
@@ -528,12 +533,10 @@ def _flash_attention(q, k, v, lo=None, start=None, slopes=None):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def _fused_norm(x, weight, *more, residual=None, statistics):
-    """Keep the input and a row's statistics; `more`: a bias, eps, and the residual if it is no keyword."""
-    if len(more) > statistics:
-        residual = more[-1]
+def _fused_norm(x, weight, bias, residual):
+    """Keep the input and a row's statistics: one of them, or with a bias two."""
     h = x if residual is None else x + residual
-    y = _FusedNorm.apply(h, weight, more[0] if statistics == 2 else None)
+    y = _FusedNorm.apply(h, weight, bias)
     return y if residual is None else (y, h)
 
 
@@ -575,7 +578,7 @@ class _HeadLoss(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         (N, C), V = x.shape, len(weight)
         w = weight.to(x.dtype)  # noqa: F841  held
-        size = -(-V // -(-V // max(1, CHUNK_ELEMENTS["cuda"] // N)))
+        size = head_chunk(V, N)
         d, dw, dx = x.new_empty(N, size), torch.empty_like(weight), None  # noqa: F841
         for a in range(0, V, size):
             share = x.new_empty(N, C, dtype=torch.float32 if size < V else x.dtype)

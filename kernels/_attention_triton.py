@@ -522,9 +522,8 @@ def decode(q, k, v, lengths, slopes):
     q, k, v = (side_by_side(x) for x in (q, k, v))
     lengths, G = lengths.contiguous(), H // K
     how = dict(launch("attention_decode", D, q.dtype))
-    while (
-        how["CHUNK"] * 64 < S
-    ):  # at most 64 chunks; up to there a row's sums do not depend on the cache's size
+    # at most 64 chunks; up to there a row's sums do not depend on the cache's size
+    while how["CHUNK"] * 64 < S:
         how["CHUNK"] *= 2
     N, R = triton.cdiv(S, how["CHUNK"]), min(64, max(16, triton.next_power_of_2(G * T)))
     part = q.new_empty(B, H, T, N, D, dtype=torch.float32)

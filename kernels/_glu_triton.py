@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
-from kernels.dispatch import side_by_side
+from kernels.dispatch import as_matrix
 
 
 @triton.jit
@@ -71,11 +71,6 @@ def _backward(
     tl.store(dup + row * F + cols, (d * a).to(dup.dtype.element_ty), mask=mask)
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """(..., F) -> (N, F) with neighbouring columns side by side; copies only what has no such view."""
-    return side_by_side(x.reshape(-1, x.shape[-1]))
-
-
 def _launch(N: int, F: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the launch of the table with a block no wider than the row."""
     made = dict(tables.launch("glu", F, dtype))
@@ -86,7 +81,7 @@ def _launch(N: int, F: int, dtype: torch.dtype) -> tuple[tuple[int, int], dict[s
 def glu_forward(gate: torch.Tensor, up: torch.Tensor, act: str) -> torch.Tensor:
     """act(gate) · up, all (..., F)."""
     y = torch.empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype), device=gate.device)
-    gate, up = _rows(gate), _rows(up)
+    gate, up = as_matrix(gate), as_matrix(up)
     if y.numel():
         grid, made = _launch(*gate.shape, y.dtype)
         _forward[grid](gate, up, y, gate.shape[1], gate.stride(0), up.stride(0), ACT=act, **made)
@@ -99,7 +94,7 @@ def glu_backward(
     """The gradients of gate and up (..., F)."""
     dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     dup = torch.empty(up.shape, dtype=up.dtype, device=up.device)
-    dy, gate, up = _rows(dy), _rows(gate), _rows(up)
+    dy, gate, up = as_matrix(dy), as_matrix(gate), as_matrix(up)
     strides = dy.stride(0), gate.stride(0), up.stride(0)
     if dy.numel():
         grid, made = _launch(*gate.shape, dy.dtype)

@@ -185,10 +185,7 @@ def _gradient_kernel(
 ):
     block_n, block_v, n, v, target = _place(targets_ptr, N, V, BLOCK_N, BLOCK_V, GROUP)
     # d has room for whole blocks of words: with a mask of words the stores were 16 bits wide
-    i, j = (
-        tl.arange(0, BLOCK_N),
-        tl.arange(0, BLOCK_V),
-    )  # within the tile: 32 bits each, so half the registers
+    i, j = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)  # within the tile: 32 bits, so half the registers
     d_ptr += block_n * BLOCK_N * d_row + block_v * BLOCK_V
     if tl.max(target, 0) == IGNORE:
         d_at = d_ptr + (i[:, None] * d_row + j[None, :])  # (BLOCK_N, BLOCK_V)

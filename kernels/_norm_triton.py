@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from kernels import tables
-from kernels.dispatch import processors, side_by_side
+from kernels.dispatch import as_matrix, processors
 
 
 @triton.jit
@@ -203,11 +203,6 @@ def _backward(
                 tl.store(dh + row * C + at, out.to(dtype), mask=at < C)
 
 
-def _rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """(..., C) -> (N, C) with neighbouring columns side by side; copies only what has no such view."""
-    return None if x is None else side_by_side(x.reshape(-1, x.shape[-1]))
-
-
 def _blocks(op: str, C: int, dtype: torch.dtype) -> dict[str, int | bool]:
     """The launch of the table; a row that is narrower than its block has a smaller one, and fewer warps."""
     made = dict(tables.launch(op, C, dtype))
@@ -230,7 +225,7 @@ def norm_forward(
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = None if residual is None else torch.empty_like(y)
-    flat, other = _rows(x), _rows(residual)
+    flat, other = as_matrix(x), None if residual is None else as_matrix(residual)
     N, C = flat.shape
     stats = torch.empty(1 if bias is None else 2, N, dtype=torch.float32, device=x.device)
     if N:
@@ -262,7 +257,8 @@ def norm_backward(
     stats: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the gradients of h (..., C), and of weight (and bias): (1 or 2, C), in h's dtype."""
-    flat, other, rows = _rows(g), _rows(g_sum), _rows(h)
+    flat, rows = as_matrix(g), as_matrix(h)
+    other = None if g_sum is None else as_matrix(g_sum)
     (N, C), parameters = rows.shape, len(stats)
     P = min(N, 2 * processors(h))  # two programs share a processor: one computes while the other loads
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)

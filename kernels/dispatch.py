@@ -92,6 +92,11 @@ def side_by_side(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def as_matrix(x: torch.Tensor) -> torch.Tensor:
+    """(..., C) -> (N, C) with a row's numbers side by side; copies only what has no such view."""
+    return side_by_side(x.reshape(-1, x.shape[-1]))
+
+
 def processors(x: torch.Tensor) -> int:
     """Count the processors of the tensor's GPU: kernels that walk over rows start a few programs on each."""
     if x.is_cuda:

@@ -124,6 +124,10 @@ TABLE: dict[str, dict[str, dict[str, dict[str, int]]]] = {
 }
 
 
+# what was asked for: (op, arch, "dim dtype") -> launch
+asked: dict[tuple[str, str, str], dict[str, int]] = {}
+
+
 def launch(op: str, dim: int, dtype: torch.dtype) -> dict[str, int]:
     """Choose the launch of an op: its block sizes, num_warps and num_stages by name.
 
@@ -143,11 +147,6 @@ def _find(op: str, dim: int, dtype: torch.dtype, gpu: str) -> dict[str, int]:
                     asked[op, gpu, f"{dim} {kind}"] = by_arch[arch][key]
                     return by_arch[arch][key]
     raise KeyError(f"kernels/tables.py has no launch of {op} for {gpu}, {dim}, {kind}")
-
-
-asked: dict[
-    tuple[str, str, str], dict[str, int]
-] = {}  # what was asked for: (op, arch, "dim dtype") -> launch
 
 
 def forget() -> None:

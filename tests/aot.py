@@ -50,9 +50,8 @@ class Launch:
     run: Callable[[], object]
     spill: dict[str, int] = dataclasses.field(default_factory=dict)  # target -> bytes that may be spilled
     why: str = ""  # reason for these spills
-    weights: dict[str, Callable[[], int]] = dataclasses.field(
-        default_factory=dict
-    )  # kernel -> quantised weights that one program reads in one turn of its hot loop
+    # kernel -> quantised weights that one program reads in one turn of its hot loop
+    weights: dict[str, Callable[[], int]] = dataclasses.field(default_factory=dict)
     targets: tuple[str, ...] = tuple(SHARED)
 
 

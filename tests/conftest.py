@@ -26,10 +26,8 @@ os.environ.update(
     HF_HUB_DISABLE_PROGRESS_BARS="1",  # also the bars of from_pretrained and save_pretrained
     TOKENIZERS_PARALLELISM="false",
 )
-if os.environ.get("TRITON_INTERPRET") != "1":
-    os.environ["KERNELS"] = (
-        "torch"  # the twins, on a machine with a GPU, too; the kernels: tests/test_triton.py
-    )
+if os.environ.get("TRITON_INTERPRET") != "1":  # the twins, on a machine with a GPU, too
+    os.environ["KERNELS"] = "torch"  # the kernels: tests/test_triton.py
 
 import pytest
 import torch

@@ -264,7 +264,7 @@ def test_tuning_here_and_in_trl_starts_with_the_same_loss_and_gradient(task, how
     first, seconds = bench.take_turns(tiny_tuning(tmp_path, task, how), str(tmp_path))
     assert list(seconds) == ["trl", "ours"] and all(len(s) == 1 and s[0] > 0 for s in seconds.values())
     theirs, ours = first["trl"], first["ours"]
-    loss, norm = (0.04, 0.04) if task == "dpo" else (1e-3, 5e-3)
+    loss, norm = (0.03, 0.02) if task == "dpo" else (1e-3, 5e-3)
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=loss)
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=norm) and ours["grad_norm"] > 0.1
     assert (
